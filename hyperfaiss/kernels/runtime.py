@@ -31,8 +31,8 @@ def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
     return numba.njit(nogil=True, error_model="numpy")(function)
 
 
-def kernel(signature: str) -> Callable[[Callable[..., None]], Kernel]:
-    """Decorator: compile ``function`` for this one Numba ``signature`` when it is first called, and cache it on disk.
+def kernel(signature: Any) -> Callable[[Callable[..., None]], Kernel]:
+    """Decorator: compile ``function`` for this one Numba ``signature``, an object or text, at its first call; cache it on disk.
 
     No fast-math flag is set, so LLVM neither reorders nor contracts float operations: the same bits on every machine.
     """
@@ -46,7 +46,7 @@ def kernel(signature: str) -> Callable[[Callable[..., None]], Kernel]:
 class Kernel:
     """A lazily compiled function. Arrays of another dtype or layout than its signature's are a TypeError."""
 
-    def __init__(self, function: Callable[..., None], signature: str) -> None:
+    def __init__(self, function: Callable[..., None], signature: Any) -> None:
         self.__doc__ = function.__doc__
         self.__name__ = function.__name__
         self._function = function
