@@ -27,6 +27,8 @@ _TABLE_BYTES = 4 << 20
 _BUFFER_BYTES = 8 << 20
 # Table look-ups of one kernel call, some tens of milliseconds at most: how long Ctrl-C may wait.
 _LOOKUPS = 1 << 25
+# Entries of buffers that one kernel call sorts.
+_ENTRIES = 1 << 19
 # Look-ups below which a second thread costs more than it brings.
 _WORTH_A_THREAD = 1 << 21
 # Blocks of one piece of work of a range search, whose buffers have room for all lanes of two such pieces.
@@ -226,8 +228,12 @@ class _Nearest(_Search):
 
     def finish(self) -> Iterator[None]:
         found = np.empty(self.nq, np.int64)
-        kernels.collect(self.states, self.D, self.I, self.out_D, self.out_I, found)
-        yield
+        step = max(1, _ENTRIES // self.job.capacity)
+        for first in range(0, self.nq, step):
+            part = slice(first, first + step)
+            arrays = self.states[:, part], self.D[:, part], self.I[:, part], self.out_D[part], self.out_I[part], found[part]
+            kernels.collect(*arrays)
+            yield
         if self.sampled:  # where the sample misled, some of the k nearest are missing: once more without it
             for q in np.flatnonzero(found < self.keep):
                 row = slice(self.rows.start + q, self.rows.start + q + 1)

@@ -355,9 +355,9 @@ def take_limits(states, D, I, rank):  # type: ignore[no-untyped-def]  # noqa: E7
 
 @kernel(
     types.void(
-        types.Array(numba.from_dtype(STATE), 2, "C"),
-        types.float32[:, :, ::1],
-        types.int64[:, :, ::1],
+        types.Array(numba.from_dtype(STATE), 2, "A"),
+        types.float32[:, :, :],
+        types.int64[:, :, :],
         types.float32[:, ::1],
         types.int64[:, ::1],
         types.int64[::1],

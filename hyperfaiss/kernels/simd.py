@@ -127,8 +127,8 @@ class _Emitter:
 
     def choose(self, bit: int, codes: ir.Value, if_set: ir.Value, if_clear: ir.Value) -> ir.Value:
         """In each lane, one of two bytes by a bit of the lane's code."""
-        # Blends look at bit 7 of a byte, its sign, only: shift the wanted bit there. Shifts of 16 bits at a time do; there are none
-        # of 8, and what a byte gets from its neighbour comes in below.
+        # Blends look at bit 7 of a byte, its sign, only: shift the wanted bit there. There are no shifts of bytes, but those of
+        # 16 bits will do: what a byte gets from its neighbour comes in below.
         words = ir.VectorType(ir.IntType(16), self.width // 2)
         shift = ir.Constant(words, [7 - bit] * words.count)
         signed = self.builder.bitcast(self.builder.shl(self.builder.bitcast(codes, words), shift), self.vector)
