@@ -19,11 +19,13 @@ from .progress import track
 
 __all__ = ["HyperbolicProductQuantizer", "Metric"]
 
-Metric = Literal["geodesic", "squared"]
-_METRICS: dict[str, int] = {"geodesic": kernels.GEODESIC, "squared": kernels.SQUARED}
+Metric = Literal["geodesic", "squared", "inner_product"]
+_METRICS: dict[str, int] = {
+    "geodesic": kernels.GEODESIC, "squared": kernels.SQUARED, "inner_product": kernels.INNER_PRODUCT,
+}  # fmt: skip
 
-# Vectors encoded at a time: their products with one codebook are 4 MB at ksub = 256.
-_ENCODE_ROWS = 4096
+# Vectors encoded at a time: milliseconds of work, and their points stay in the cache.
+_ENCODE_ROWS = 1024
 _TRAIN_ITERATIONS = 25
 _MAX_POINTS_PER_CENTROID = 256  # as faiss.ClusteringParameters
 
@@ -41,7 +43,8 @@ class HyperbolicProductQuantizer:
     nbits : bits of a code, 4 to 8; ksub = 2**nbits. Codes take one byte each, whatever nbits is.
     curvatures : theta >= 0, one number or one per subspace; 0 is Euclidean.
     metric : "geodesic" (sum over subspaces of geodesic distances, Eq. 8) or "squared" (sum of squared geodesic distances;
-        with curvature 0 this is FAISS's L2).
+        with curvature 0 this is FAISS's L2), "inner_product" (minus the inner product, so that smaller is better, as everywhere
+        here; only with all curvatures 0. Codes are those of the nearest codewords all the same, as in FAISS).
     clip_radius : largest norm of a subspace's tangent vector (None: no limit).
     seed : of the training's random choices.
 
@@ -72,6 +75,8 @@ class HyperbolicProductQuantizer:
         if not isinstance(metric, str) or metric not in _METRICS:
             raise InvalidParameterError(f"metric must be one of {sorted(_METRICS)}, got {metric!r}")
         self.curvatures = _as_curvatures(curvatures, self.M)
+        if metric == "inner_product" and self.curvatures.any():
+            raise InvalidParameterError(f"metric 'inner_product' takes curvatures = 0 only, got {curvatures!r}")
         self.metric = metric
         self.clip_radius = None if clip_radius is None else as_positive(clip_radius, "clip_radius")
         self.seed = as_integer(seed, "seed", 0)
@@ -160,7 +165,7 @@ class HyperbolicProductQuantizer:
     # ---------------------------------------------------------------------------------------------- coding
 
     def compute_codes(self, x: npt.ArrayLike) -> npt.NDArray[np.uint8]:
-        """Codes (n, code_size) uint8 of tangent vectors (n, d): the nearest codeword of each subspace, ties to the smaller."""
+        """Codes (n, M) uint8 of tangent vectors (n, d): the nearest codeword of each subspace, ties to the smaller."""
         self._require_trained()
         vectors = as_vectors(x, self.d)
         codes = np.empty((len(vectors), self.M), np.uint8)
@@ -168,9 +173,9 @@ class HyperbolicProductQuantizer:
         def encode(start: int) -> Iterator[None]:
             rows = slice(start, start + _ENCODE_ROWS)
             points = self._points(vectors[rows], start)
-            for m in range(self.M):
-                codes[rows, m], _ = _assign(points[:, m], self._transposed[m], self._norms[m], float(self.curvatures[m]))
-                yield
+            yield
+            kernels.assign(points, *self._prepared, self.curvatures, codes[rows])
+            yield
 
         starts = range(0, len(vectors), _ENCODE_ROWS)
         if self.verbose and len(starts) > 1:
@@ -182,9 +187,9 @@ class HyperbolicProductQuantizer:
         return codes
 
     def decode(self, codes: npt.ArrayLike) -> FloatArray:
-        """Tangent vectors (n, d) of the codewords that codes (n, code_size) uint8 stand for."""
+        """Tangent vectors (n, d) of the codewords that codes (n, M) uint8 stand for."""
         books = self._require_trained()
-        checked = as_codes(codes, self.code_size, self.ksub)
+        checked = as_codes(codes, self.M, self.ksub)
         tangents = lorentz.log0(books, self.curvatures[:, None])
         vectors: FloatArray = tangents[np.arange(self.M), checked]
         return vectors.reshape(len(checked), self.d)
@@ -192,7 +197,9 @@ class HyperbolicProductQuantizer:
     def compute_distance_tables(self, x: npt.ArrayLike) -> FloatArray:
         """Distances of each query's parts to all codewords: (nq, d) tangent vectors to (nq, M, ksub) float32.
 
-        Geodesic distances or their squares, by ``metric``; a query's table does not depend on the other queries.
+        Geodesic distances, their squares or negated inner products, by ``metric``, each off by at most 1e-7 of itself (an inner
+        product: of |x||c|); what float32 can't hold is inf, or its largest number in inner products. A query's table does not
+        depend on the other queries, and is the same to the bit on any CPU.
         """
         self._require_trained()
         return self.tables_of(as_vectors(x, self.d))
@@ -201,7 +208,7 @@ class HyperbolicProductQuantizer:
         """``compute_distance_tables`` of vectors that are checked already (the index's path)."""
         tables = np.empty((len(vectors), self.M, self.ksub), np.float32)
         points = self._points(vectors, first_row)
-        kernels.distance_tables(points, self._transposed, self._norms, self.curvatures, _METRICS[self.metric], tables)
+        kernels.distance_tables(points, *self._prepared, self.curvatures, _METRICS[self.metric], tables)
         return tables
 
     # ---------------------------------------------------------------------------------------------- files
@@ -230,16 +237,17 @@ class HyperbolicProductQuantizer:
     def from_parts(cls, reader: Reader) -> HyperbolicProductQuantizer:
         """The codec in an open file."""
         fields = reader.field("codec", dict)
-        try:
-            codec = cls(**fields)
-        except (TypeError, ValueError) as error:
-            raise reader.corrupt(f"unusable codec: {error}") from error
-        shape = (codec.M, codec.ksub, codec.dsub)
-        books = reader.tensor("codec.codebooks", np.float32, shape)
-        curvatures = reader.tensor("codec.curvatures", np.float32, (codec.M,))
-        if not np.isfinite(books).all() or not np.isfinite(curvatures).all() or (curvatures < 0).any():
-            raise reader.corrupt("codebooks must be finite and curvatures finite and >= 0")
-        codec.curvatures = curvatures
+
+        def build(curvatures: npt.ArrayLike) -> HyperbolicProductQuantizer:
+            try:
+                return cls(**fields, curvatures=curvatures)
+            except (TypeError, ValueError) as error:
+                raise reader.corrupt(f"unusable codec: {error}") from error
+
+        codec = build(reader.tensor("codec.curvatures", np.float32, (build(0.0).M,)))
+        books = reader.tensor("codec.codebooks", np.float32, (codec.M, codec.ksub, codec.dsub))
+        if not np.isfinite(books).all():
+            raise reader.corrupt("codebooks must be finite")
         codec._set_codebooks(books)
         return codec
 
@@ -251,13 +259,14 @@ class HyperbolicProductQuantizer:
         return self.codebooks
 
     def _set_codebooks(self, books: FloatArray) -> None:
-        self._transposed, self._norms = _prepare(books, self.curvatures)
+        self._prepared = kernels.prepare(books, self.curvatures)
         self.codebooks = books
 
     def _points(self, vectors: FloatArray, numbers: int | npt.NDArray[np.int64] = 0) -> FloatArray:
         """Points (n, M, dsub) of tangent vectors (n, d). An error names a row by ``numbers``: of the first, or of each."""
         parts = vectors.reshape(len(vectors), self.M, self.dsub)
-        points: FloatArray = lorentz.exp0(lorentz.clip(parts, self.clip_radius), self.curvatures)
+        points = np.empty_like(parts)
+        kernels.map_points(parts, np.inf if self.clip_radius is None else self.clip_radius, self.curvatures, points)
         if not np.isfinite(points).all():
             row, m, _ = np.argwhere(~np.isfinite(points))[0]
             number = numbers + row if isinstance(numbers, int) else numbers[row]
@@ -280,66 +289,56 @@ def _as_curvatures(curvatures: npt.ArrayLike, M: int) -> FloatArray:
     return filled
 
 
-def _prepare(books: FloatArray, curvatures: FloatArray) -> tuple[FloatArray, npt.NDArray[np.float64]]:
-    """What the kernels want to know of codebooks (M, ksub, dsub): see ``kernels.tables``."""
-    norm2 = np.einsum("mkd,mkd->mk", books, books, dtype=np.float64)
-    cosh = np.sqrt(1 + curvatures[:, None].astype(np.float64) * norm2)
-    return np.ascontiguousarray(books.transpose(0, 2, 1)), np.stack([norm2, cosh], axis=1)
-
-
-def _assign(
-    x: FloatArray, transposed: FloatArray, norms: npt.NDArray[np.float64], theta: float
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Nearest codeword of each point (n, dsub) of one subspace, and the squared Lorentzian distance to it."""
-    codes, distances = np.empty(len(x), np.int64), np.empty(len(x))
-    with np.errstate(over="ignore", invalid="ignore"):  # the kernel sees to products that left float32
-        products = x @ transposed
-    kernels.assign(x, transposed, norms, theta, products, codes, distances)
-    return codes, distances
-
-
 def _kmeans(x: FloatArray, theta: float, ksub: int, rng: np.random.Generator) -> FloatArray:
     """Centres (ksub, dsub) of hyperbolic k-means over the points x (n, dsub)."""
     x = np.ascontiguousarray(x)
     curvature = np.array([theta], np.float32)
     centers = x[_seed_centers(x, theta, ksub, rng)]
-    codes, distances = np.empty(len(x), np.int64), np.empty(len(x))
-    previous = np.full(len(x), -1)
+    codes, previous = np.zeros((len(x), 1), np.uint8), np.zeros(0)
     for _ in range(_TRAIN_ITERATIONS):
-        transposed, norms = _prepare(centers[None], curvature)
+        prepared = kernels.prepare(centers[None], curvature)
 
-        def encode(start: int, transposed: FloatArray = transposed, norms: npt.NDArray[np.float64] = norms) -> Iterator[None]:
+        def encode(start: int, prepared: kernels.Prepared = prepared) -> Iterator[None]:
             rows = slice(start, start + _ENCODE_ROWS)
-            codes[rows], distances[rows] = _assign(x[rows], transposed[0], norms[0], theta)
+            kernels.assign(x[rows, None], *prepared, curvature, codes[rows])
             yield
 
         run_tasks(encode, range(0, len(x), _ENCODE_ROWS))
         if np.array_equal(codes, previous):
             break
-        previous[:] = codes
-        kernels.move_centers(x, theta, codes, centers)
-        _repair(centers, np.flatnonzero(np.bincount(codes, minlength=ksub) == 0), x, distances)
+        previous = codes.copy()
+        empty = np.flatnonzero(np.bincount(codes[:, 0], minlength=ksub) == 0)
+        distances = lorentz.squared_distance(x, centers[codes[:, 0]], theta) if len(empty) else np.zeros(0)
+        kernels.move_centers(x, theta, codes[:, 0], centers)
+        _repair(centers, empty, x, distances)
     return centers
 
 
 def _seed_centers(x: FloatArray, theta: float, ksub: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
     """k-means++: each next centre is drawn with probability proportional to the squared distance to the nearest one."""
+    n, dsub = x.shape
+    nblocks = -(-n // kernels.LANES)
+    blocks = np.zeros((nblocks, kernels.LANES, dsub), np.float32)
+    blocks.reshape(-1, dsub)[:n] = x
+    prepared = kernels.prepare(blocks, np.full(nblocks, theta, np.float32))
+    squared = np.empty((nblocks, kernels.LANES))
     chosen = np.empty(ksub, np.int64)
-    chosen[0] = rng.integers(len(x))
-    nearest = np.full(len(x), np.inf)
+    chosen[0] = rng.integers(n)
+    nearest = np.full(n, np.inf)
     for j in range(1, ksub):
-        kernels.approach(x, chosen[j - 1], theta, nearest)
+        kernels.chords(x[chosen[j - 1]], *prepared, theta, squared)
+        np.minimum(nearest, squared.reshape(-1)[:n], out=nearest)
         cumulative = np.cumsum(nearest)
         if cumulative[-1] > 0:
             # searchsorted to the right never lands on a point of distance 0.
             draw = rng.random() * cumulative[-1]
-            chosen[j] = min(int(np.searchsorted(cumulative, draw, side="right")), len(x) - 1)
+            chosen[j] = min(int(np.searchsorted(cumulative, draw, side="right")), n - 1)
         else:  # fewer distinct points than centres
-            chosen[j] = rng.integers(len(x))
+            chosen[j] = rng.integers(n)
     return chosen
 
 
-def _repair(centers: FloatArray, empty: npt.NDArray[np.int64], x: FloatArray, distances: npt.NDArray[np.float64]) -> None:
+def _repair(centers: FloatArray, empty: npt.NDArray[np.int64], x: FloatArray, distances: npt.NDArray[Any]) -> None:
     """Give each empty cluster the point that is farthest from its centre, a different point each."""
     if not len(empty):
         return

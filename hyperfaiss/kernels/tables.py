@@ -1,38 +1,146 @@
-"""Distances between points and codewords: ADC tables of queries, and the nearest codeword of each vector.
+"""Points of vectors, distances between points and codewords, and the nearest codeword of each point.
 
-These are compiled twins of ``lorentz.squared_distance`` and ``lorentz.distance`` (the tests hold them together), for two
-uses that NumPy serves badly: no result may depend on which other vectors share the call, as a BLAS result does in its last
-bits, and no array of n · ksub · dsub differences may exist.
+These are compiled twins of ``lorentz.clip``, ``exp0``, ``squared_distance`` and ``distance`` (the tests hold them together),
+for uses that NumPy serves badly: no result may depend on which other vectors share the call, as a BLAS result does in its
+last bits; and no array of n · ksub floats, let alone of n · ksub · dsub differences, may exist.
 
-Codewords come as ``transposed`` (M, dsub, ksub) float32, so that the inner loops run over codewords, and ``norms``
-(M, 2, ksub) float64: |c|² and sqrt(1 + θ|c|²).
+Codewords come as ``transposed`` (M, dsub, ksub) float32 and ``norms`` (M, 3, ksub) float64: |c|², cosh = sqrt(1 + θ|c|²), and
+the height of the codeword above the origin, |c|²/(1 + cosh) = (cosh - 1)/θ; and ``reach`` (M, 2) float64, the largest |c| and
+the largest height of a subspace. :func:`prepare` makes all three.
+
+The long loops are free of branches and use nothing but + - * / and square roots, so that LLVM makes vector instructions of
+them and every CPU gets the same bits. What such a loop can't settle it marks, and a plain loop goes over the few marked.
+(An assignment that may leave an array's element as it was would become a masked store, which is slow: there is none.)
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ..lorentz import _FAR_OUT
 from .runtime import device_function, kernel
 
-GEODESIC, SQUARED = 0, 1
+GEODESIC, SQUARED, INNER_PRODUCT = 0, 1, 2
 
-# Relative error of one float32 operation.
-_EPS = 2.0**-24
-# The least normal float32 number, and the square of the largest (less a margin for sums of partial products).
-_TINY = 2.0**-126
-_HUGE = 2.0**250
+# Relative error of one float32 operation, and of one float64 operation.
+_EPS, _EPS64 = 2.0**-24, 2.0**-53
+# The least normal float32 number, the largest one, and a size of scores that leaves room below it.
+_TINY, _MAX, _LARGE = 2.0**-126, float(np.finfo(np.float32).max), 2.0**120
+
+# What the quick form of a squared distance may lose, relatively; beyond that it is computed again without cancellation.
+_TOLERANCE = 2e-8
+
+# asinh(√s)/√s = 1 + s·(c₀ + c₁s + …) for 0 <= s <= _NEAR, minimax, to a relative error of 1.7e-9.
+_NEAR = 1.5
+_C0, _C1, _C2 = -0.1666664883964668, 0.07499375309395771, -0.04456611183099025
+_C3, _C4, _C5 = 0.029905390326851498, -0.020614627272857525, 0.013121813512664513
+_C6, _C7, _C8, _C9 = -0.006839507140181228, 0.0025776237447081947, -0.0006027610438393968, 6.450315091190701e-05
+
+# Up to this s the terms of _sinhc's series are exact to float64.
+_SERIES = 4.0
+# Vectors mapped, and vectors encoded, at a time: what is kept of them stays in the cache.
+_ROWS, LANES = 64, 256
+
+
+class Prepared(NamedTuple):
+    """Codebooks, or blocks of points, as the kernels take them: see the module's docstring."""
+
+    transposed: npt.NDArray[np.float32]
+    norms: npt.NDArray[np.float64]
+    reach: npt.NDArray[np.float64]
+
+
+def prepare(books: npt.NDArray[np.float32], curvatures: npt.NDArray[np.float32]) -> Prepared:
+    """Codebooks (M, ksub, dsub) as the kernels take them."""
+    transposed = np.ascontiguousarray(books.transpose(0, 2, 1))
+    norm2 = np.zeros((len(books), books.shape[1]))
+    for coordinates in transposed.swapaxes(0, 1):  # one after the other, as in _norm2: einsum adds as each CPU likes
+        norm2 += np.square(coordinates, dtype=np.float64)
+    cosh = np.sqrt(1 + curvatures[:, None].astype(np.float64) * norm2)
+    height = norm2 / (1 + cosh)
+    reach = np.stack([np.sqrt(norm2.max(axis=1)), height.max(axis=1)], axis=1)
+    return Prepared(transposed, np.stack([norm2, cosh, height], axis=1), reach)
+
+
+# ------------------------------------------------------------------------------------------------ points
+
+
+@device_function
+def _sinhc(s):  # type: ignore[no-untyped-def]
+    """sinh(√s)/√s for 0 <= s <= _SERIES."""
+    tail = 1 + s * (1 / 272) * (1 + s * (1 / 342) * (1 + s * (1 / 420) * (1 + s * (1 / 506))))
+    middle = 1 + s * (1 / 72) * (1 + s * (1 / 110) * (1 + s * (1 / 156) * (1 + s * (1 / 210) * tail)))
+    return 1 + s * (1 / 6) * (1 + s * (1 / 20) * (1 + s * (1 / 42) * middle))
+
+
+@device_function
+def _far_sinhc(s):  # type: ignore[no-untyped-def]
+    """sinh(√s)/√s for any s, by sinh 2a = 2 sinh a cosh a."""
+    start, doublings = s, 0
+    while start > _SERIES:
+        start, doublings = start / 4, doublings + 1
+    value = _sinhc(start)
+    for _ in range(doublings):
+        value *= math.sqrt(1 + start * value * value)
+        start *= 4
+    return value
+
+
+@kernel("void(Array(float32, 3, 'C', readonly=True), float64, Array(float32, 1, 'C', readonly=True), float32[:,:,::1])")
+def map_points(v, clip_radius, curvatures, points):  # type: ignore[no-untyped-def]
+    """``points`` = ``lorentz.exp0(lorentz.clip(v, clip_radius), curvatures)`` of vectors' parts v (n, M, dsub).
+
+    A clip_radius of inf clips nothing. A coordinate beyond float32 comes out as inf.
+    """
+    n, M, dsub = v.shape
+    norm2, scale = np.empty(_ROWS), np.empty(_ROWS)
+    for first in range(0, n, _ROWS):
+        rows = min(_ROWS, n - first)
+        for m in range(M):
+            for i in range(rows):
+                total = 0.0
+                for k in range(dsub):
+                    total += np.float64(v[first + i, m, k]) * np.float64(v[first + i, m, k])
+                outside = total > clip_radius * clip_radius
+                factor = clip_radius / math.sqrt(total) if outside else 1.0
+                if outside:
+                    total = 0.0
+                for k in range(dsub):
+                    value = np.float32(np.float64(v[first + i, m, k]) * factor)
+                    points[first + i, m, k] = value
+                    if outside:
+                        total += np.float64(value) * np.float64(value)
+                norm2[i] = total * curvatures[m]
+            for i in range(rows):
+                scale[i] = _sinhc(norm2[i])
+            for i in range(rows):
+                factor = scale[i] if norm2[i] <= _SERIES else _far_sinhc(norm2[i])
+                for k in range(dsub):
+                    value = points[first + i, m, k]
+                    points[first + i, m, k] = value * factor if value != 0 else value  # not 0 · inf
+
+
+# ------------------------------------------------------------------------------------------------ distances
+
+
+@device_function
+def _norm2(x):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for i in range(x.shape[0]):
+        total += np.float64(x[i]) * np.float64(x[i])
+    return total
 
 
 @device_function
 def _asinhc(s):  # type: ignore[no-untyped-def]
-    """asinh(√s)/√s."""
-    if s < 1e-3:
-        return 1 - s * (1 / 6 - s * (3 / 40 - s * (5 / 112 - s * (35 / 1152))))
-    root = math.sqrt(s)
-    return math.asinh(root) / root
+    """asinh(√s)/√s for 0 <= s <= _NEAR."""
+    t = s * s
+    even = 1 + t * (_C1 + t * (_C3 + t * (_C5 + t * (_C7 + t * _C9))))
+    return even + s * (_C0 + t * (_C2 + t * (_C4 + t * (_C6 + t * _C8))))
 
 
 @device_function
@@ -40,7 +148,7 @@ def _angular(x, transposed, j, radius_x, radius_y):  # type: ignore[no-untyped-d
     """``2(|x||y| - x·y)`` from the difference of the two directions."""
     total = 0.0
     for i in range(x.shape[0]):
-        apart = x[i] / radius_x - transposed[i, j] / radius_y
+        apart = np.float64(x[i]) / radius_x - np.float64(transposed[i, j]) / radius_y
         total += apart * apart
     return radius_x * radius_y * total
 
@@ -58,7 +166,7 @@ def _squared_distance(euclid, gap, dot, xx, yy, cosh_x, cosh_y, theta, x, transp
     else:
         difference = gap / (cosh_x + cosh_y)
         squared = euclid - theta * difference * difference
-    return max(squared, 0.0)
+    return squared if squared > 0 else 0.0
 
 
 @device_function
@@ -74,103 +182,237 @@ def _compare(x, transposed, j, xx, yy, cosh_x, cosh_y, theta):  # type: ignore[n
 
 
 @device_function
-def _norm2(x):  # type: ignore[no-untyped-def]
-    total = 0.0
-    for i in range(x.shape[0]):
-        total += np.float64(x[i]) * np.float64(x[i])
-    return total
+def _chords(x, transposed, norms, reach, theta, squared):  # type: ignore[no-untyped-def]
+    """``squared[j]`` = squared Lorentzian distance of point x to codeword j of one subspace, for all j.
+
+    It is |x-c|² - θ(h_x-h_c)², h the heights. Those are off by ε·h, and what that makes of the
+    difference is at most ``ε·|x-c|·(|x|+|c|)`` with ε = (3·dsub + 10)·2⁻⁵³, however small or large the points are. Where that
+    is more than _TOLERANCE, which is close to x, the distance is computed anew.
+    """
+    dsub, ksub = transposed.shape
+    squared[:] = 0.0
+    whole = dsub - dsub % 4
+    for i in range(0, whole, 4):
+        a0, a1, a2, a3 = np.float64(x[i]), np.float64(x[i + 1]), np.float64(x[i + 2]), np.float64(x[i + 3])
+        for j in range(ksub):
+            d0, d1 = a0 - transposed[i, j], a1 - transposed[i + 1, j]
+            d2, d3 = a2 - transposed[i + 2, j], a3 - transposed[i + 3, j]
+            squared[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+    for i in range(whole, dsub):
+        a0 = np.float64(x[i])
+        for j in range(ksub):
+            d0 = a0 - transposed[i, j]
+            squared[j] += d0 * d0
+    if theta == 0:
+        return
+    xx = _norm2(x)
+    cosh_x = math.sqrt(1 + theta * xx)
+    height = xx / (1 + cosh_x)
+    lost = (3 * dsub + 10) * _EPS64 / _TOLERANCE * (math.sqrt(xx) + reach[0])
+    doubtful = 0
+    for j in range(ksub):
+        drop = height - norms[2, j]
+        near = squared[j] - theta * drop * drop
+        near = near if near > 0 else 0.0
+        unsure = squared[j] * lost * lost > near * near
+        doubtful += unsure
+        squared[j] = -1.0 if unsure else near
+    if doubtful:
+        for j in range(ksub):
+            if squared[j] < 0:
+                squared[j] = _compare(x, transposed, j, xx, norms[0, j], cosh_x, norms[1, j], theta)
+
+
+@device_function
+def _halve(squared, times, quarter):  # type: ignore[no-untyped-def]
+    """Replace far chords by those of half their geodesics, again and again, until ``_asinhc`` takes them all.
+
+    ``times`` are the numbers of halves. ``sinh(a)² = 4 sinh(a/2)² · (1 + sinh(a/2)²)``, where ``sinh(a)² = quarter · squared``.
+    """
+    ksub = len(squared)
+    times[:] = 1.0
+    while True:
+        far = 0
+        for j in range(ksub):
+            far += quarter * squared[j] > _NEAR
+        if not far:
+            return
+        for j in range(ksub):
+            s = quarter * squared[j]
+            parts = 2 + 2 * math.sqrt(1 + s)
+            squared[j] /= parts if s > _NEAR else 1.0
+            times[j] *= 2.0 if s > _NEAR else 1.0
+
+
+@device_function
+def _inner_products(x, transposed, products):  # type: ignore[no-untyped-def]
+    """Minus the inner products of x with all codewords, within the range of float32, so that no sum of them is inf - inf."""
+    dsub, ksub = transposed.shape
+    products[:] = 0.0
+    for i in range(dsub):
+        a = np.float64(x[i])
+        for j in range(ksub):
+            products[j] -= a * transposed[i, j]
+    for j in range(ksub):
+        value = products[j] if products[j] < _MAX else _MAX
+        products[j] = value if value > -_MAX else -_MAX
 
 
 @kernel(
     "void(Array(float32, 3, 'C', readonly=True), Array(float32, 3, 'C', readonly=True), Array(float64, 3, 'C', readonly=True),"
-    "Array(float32, 1, 'C', readonly=True), int64, float32[:,:,::1])"
+    "Array(float64, 2, 'C', readonly=True), Array(float32, 1, 'C', readonly=True), int64, float32[:,:,::1])"
 )
-def distance_tables(x, transposed, norms, curvatures, metric, tables):  # type: ignore[no-untyped-def]
+def distance_tables(x, transposed, norms, reach, curvatures, metric, tables):  # type: ignore[no-untyped-def]
     """``tables[q, m, j]`` = distance of query q's point x[q, m] (dsub floats) to codeword j of subspace m.
 
-    metric: GEODESIC distances, or these SQUARED. Computed in float64, one query after the other, and rounded once.
+    metric: GEODESIC distances, these SQUARED, or minus the INNER_PRODUCT. Computed in float64, one query after the other, and
+    rounded once.
     """
-    M, dsub, ksub = transposed.shape
-    euclid, gap, dot = np.empty(ksub), np.empty(ksub), np.empty(ksub)
-    for q in range(x.shape[0]):
-        for m in range(M):
-            theta = np.float64(curvatures[m])
-            euclid[:], gap[:], dot[:] = 0.0, 0.0, 0.0
-            for i in range(dsub):
-                a = np.float64(x[q, m, i])
+    M, _, ksub = transposed.shape
+    squared, times = np.empty(ksub), np.empty(ksub)
+    for m in range(M):
+        theta = np.float64(curvatures[m])
+        quarter = theta / 4
+        for q in range(x.shape[0]):
+            if metric == INNER_PRODUCT:
+                _inner_products(x[q, m], transposed[m], squared)
+            else:
+                _chords(x[q, m], transposed[m], norms[m], reach[m], theta, squared)
+            if theta == 0:
                 for j in range(ksub):
-                    b = np.float64(transposed[m, i, j])
-                    euclid[j] += (a - b) * (a - b)
-                    gap[j] += (a - b) * (a + b)
-                    dot[j] += a * b
-            xx = _norm2(x[q, m])
-            cosh_x = math.sqrt(1 + theta * xx)
-            for j in range(ksub):
-                squared = _squared_distance(
-                    euclid[j], gap[j], dot[j], xx, norms[m, 0, j], cosh_x, norms[m, 1, j], theta, x[q, m], transposed[m], j
-                )
-                stretch = _asinhc(theta * squared / 4)  # of the chord to the geodesic
-                if metric == SQUARED:
-                    tables[q, m, j] = squared * stretch * stretch
-                else:
-                    tables[q, m, j] = math.sqrt(squared) * stretch
+                    tables[q, m, j] = math.sqrt(squared[j]) if metric == GEODESIC else squared[j]
+                continue
+            _halve(squared, times, quarter)
+            if metric == SQUARED:
+                for j in range(ksub):
+                    stretch = times[j] * _asinhc(quarter * squared[j])
+                    tables[q, m, j] = squared[j] * stretch * stretch
+            else:
+                for j in range(ksub):
+                    stretch = times[j] * _asinhc(quarter * squared[j])
+                    tables[q, m, j] = math.sqrt(squared[j]) * stretch
 
 
 @kernel(
-    "void(Array(float32, 2, 'A', readonly=True), Array(float32, 2, 'C', readonly=True), Array(float64, 2, 'C', readonly=True),"
-    "float64, Array(float32, 2, 'C', readonly=True), int64[::1], float64[::1])"
+    "void(Array(float32, 1, 'C', readonly=True), Array(float32, 3, 'C', readonly=True), Array(float64, 3, 'C', readonly=True),"
+    "Array(float64, 2, 'C', readonly=True), float64, float64[:,::1])"
 )
-def assign(x, transposed, norms, theta, products, codes, distances):  # type: ignore[no-untyped-def]
-    """``codes[i]`` = codeword of one subspace nearest to point x[i], ties to the smaller; ``distances[i]`` its squared one.
+def chords(x, transposed, norms, reach, theta, squared):  # type: ignore[no-untyped-def]
+    """``squared[b, i]`` = squared Lorentzian distance of x to point i of block b; blocks are prepared as codebooks are."""
+    for b in range(len(transposed)):
+        _chords(x, transposed[b], norms[b], reach[b], theta, squared[b])
 
-    ``products`` (n, ksub) are the inner products x·c from a float32 matrix product. They settle all but the codewords whose
-    distance lies within the rounding error of the best; those are compared in float64. The codes therefore depend on the
-    point alone, not on how BLAS split the product.
-    """
-    dsub, ksub = transposed.shape
+
+# ------------------------------------------------------------------------------------------------ codes
+
+
+@device_function
+def _nearest(x, transposed, norms, reach, theta):  # type: ignore[no-untyped-def]
+    """The codeword nearest to x, in float64: by score, and the closest by distance, ties to the smaller."""
+    xx = _norm2(x)
+    cosh_x = math.sqrt(1 + theta * xx)
+    ksub = transposed.shape[1]
     score = np.empty(ksub)
-    for i in range(x.shape[0]):
-        xx = _norm2(x[i])
-        cosh_x = math.sqrt(1 + theta * xx)
-        best = np.inf
-        longest = 0.0
+    for j in range(ksub):
+        score[j] = cosh_x * norms[2, j]
+    for i in range(len(x)):
+        a = np.float64(x[i])
         for j in range(ksub):
-            yy = norms[0, j]
-            # Half the squared distance but for a term of x alone: see lorentz.pairwise_squared_distance.
-            score[j] = cosh_x * (yy / (1 + norms[1, j])) - products[i, j]
-            best = min(best, score[j])
-            longest = max(longest, yy)
-        # A float32 dot product of dsub terms is off by at most dsub·eps·|x||c|, in any order of summation.
-        # Products may also lose what is too small for float32, or leave its range and settle nothing.
-        limit = best + 2 * (dsub + 2) * (_EPS * math.sqrt(xx * longest) + _TINY)
-        # The float64 part of the score rounds, too.
-        limit += 1e-14 * cosh_x * longest
-        if not math.isfinite(best) or xx * longest > _HUGE:
-            limit = np.inf
-        code = -1
-        nearest = np.inf
+            score[j] -= a * transposed[i, j]
+    best = np.inf
+    for j in range(ksub):
+        best = score[j] if score[j] < best else best
+    # As in assign, but that the heights are known no better than the sum of dsub squares.
+    limit = best + 4 * (len(x) + 6) * _EPS64 * (cosh_x * reach[1] + math.sqrt(xx) * reach[0])
+    code, least = 0, np.inf
+    for j in range(ksub):
+        if score[j] <= limit:
+            squared = _compare(x, transposed, j, xx, norms[0, j], cosh_x, norms[1, j], theta)
+            if squared < least:
+                code, least = j, squared
+    return code
+
+
+@device_function
+def _two_best(block, cosh, lanes, book, norms, score, best, second, code):  # type: ignore[no-untyped-def]
+    """The two least scores of each lane's point over all codewords, and the number of the first.
+
+    The score is ``cosh(x)·h - x·c``, half the squared distance but for a term of x alone: see
+    ``lorentz.pairwise_squared_distance``. The rows of ``block`` and the columns of ``book`` are coordinates, a multiple of 4.
+    """
+    ksub, padded = book.shape
+    best[:], second[:] = np.inf, np.inf
+    for j in range(ksub):
+        height, number = np.float32(norms[2, j]), np.int32(j)
+        for lane in range(lanes):
+            score[lane] = cosh[lane] * height
+        for i in range(0, padded - 4, 4):
+            b0, b1, b2, b3 = book[j, i], book[j, i + 1], book[j, i + 2], book[j, i + 3]
+            for lane in range(lanes):
+                value = score[lane] - b0 * block[i, lane]
+                value -= b1 * block[i + 1, lane]
+                value -= b2 * block[i + 2, lane]
+                score[lane] = value - b3 * block[i + 3, lane]
+        i = padded - 4
+        b0, b1, b2, b3 = book[j, i], book[j, i + 1], book[j, i + 2], book[j, i + 3]
+        for lane in range(lanes):
+            value = score[lane] - b0 * block[i, lane]
+            value -= b1 * block[i + 1, lane]
+            value -= b2 * block[i + 2, lane]
+            value -= b3 * block[i + 3, lane]
+            least, next_least, was = best[lane], second[lane], code[lane]
+            worse = value if value < next_least else next_least
+            second[lane] = worse if worse > least else least
+            code[lane] = number if value < least else was
+            best[lane] = value if value < least else least
+
+
+@kernel(
+    "void(Array(float32, 3, 'C', readonly=True), Array(float32, 3, 'C', readonly=True), Array(float64, 3, 'C', readonly=True),"
+    "Array(float64, 2, 'C', readonly=True), Array(float32, 1, 'C', readonly=True), uint8[:,::1])"
+)
+def assign(x, transposed, norms, reach, curvatures, codes):  # type: ignore[no-untyped-def]
+    """``codes[i, m]`` = codeword of subspace m that is nearest to point x[i, m] (dsub floats), ties to the smaller.
+
+    Scores in float32 settle all points but those whose two best lie within their rounding errors; these are looked at in
+    float64. So the code is that of the exact distances, whatever else is in the call.
+    """
+    n, M, dsub = x.shape
+    ksub = transposed.shape[2]
+    padded = dsub + -dsub % 4  # zeros cost less than a loop over the rest
+    block, book = np.empty((padded, LANES), np.float32), np.empty((ksub, padded), np.float32)
+    cosh, size, code = np.empty(LANES, np.float32), np.empty(LANES), np.empty(LANES, np.int32)
+    score, best, second = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    block[:], book[:], cosh[:] = 0.0, 0.0, 0.0
+    for m in range(M):
+        theta = np.float64(curvatures[m])
         for j in range(ksub):
-            if not score[j] > limit:
-                squared = _compare(x[i], transposed, j, xx, norms[0, j], cosh_x, norms[1, j], theta)
-                if squared < nearest:
-                    code, nearest = j, squared
-        codes[i] = code
-        distances[i] = nearest
+            for i in range(dsub):
+                book[j, i] = transposed[m, i, j]
+        for start in range(0, n, LANES):
+            rows = min(LANES, n - start)
+            for lane in range(rows):
+                xx = 0.0
+                for i in range(dsub):
+                    a = x[start + lane, m, i]
+                    block[i, lane] = a
+                    xx += np.float64(a) * np.float64(a)
+                cosh_x = math.sqrt(1 + theta * xx)
+                cosh[lane] = cosh_x
+                size[lane] = cosh_x * reach[m, 1] + math.sqrt(xx) * reach[m, 0]
+            # Whole vectors: what the block before left in the last lanes does no harm.
+            _two_best(block, cosh, rows + -rows % 16, book, norms[m], score, best, second, code)
+            # A score is a sum of dsub + 1 terms whose sizes add up to at most ``size``, the first of them of three rounded
+            # factors: off by at most (dsub + 4)·eps·size. Terms and heights may also lose what is too small for float32.
+            for lane in range(rows):
+                margin = 2 * (dsub + 6) * (_EPS * size[lane] + _TINY * cosh[lane])
+                if second[lane] - best[lane] > margin and size[lane] < _LARGE:
+                    codes[start + lane, m] = code[lane]
+                else:
+                    codes[start + lane, m] = _nearest(x[start + lane, m], transposed[m], norms[m], reach[m], theta)
 
 
-@kernel("void(Array(float32, 2, 'C', readonly=True), int64, float64, float64[::1])")
-def approach(x, center, theta, nearest):  # type: ignore[no-untyped-def]
-    """k-means++ step: ``nearest[i]`` = min(nearest[i], squared distance of x[i] to x[center])."""
-    c = x[center].copy().reshape(x.shape[1], 1)
-    yy = _norm2(x[center])
-    cosh_y = math.sqrt(1 + theta * yy)
-    for i in range(x.shape[0]):
-        xx = _norm2(x[i])
-        squared = _compare(x[i], c, 0, xx, yy, math.sqrt(1 + theta * xx), cosh_y, theta)
-        nearest[i] = min(nearest[i], squared)
-
-
-@kernel("void(Array(float32, 2, 'C', readonly=True), float64, Array(int64, 1, 'C', readonly=True), float32[:,::1])")
+@kernel("void(Array(float32, 2, 'C', readonly=True), float64, Array(uint8, 1, 'C', readonly=True), float32[:,::1])")
 def move_centers(x, theta, codes, centers):  # type: ignore[no-untyped-def]
     """k-means step: ``centers[j]`` = Lorentzian midpoint of the points x[i] with codes[i] = j; left alone if there are none.
 
@@ -179,13 +421,13 @@ def move_centers(x, theta, codes, centers):  # type: ignore[no-untyped-def]
     out, T² and θ|S|² agree in all their digits.
     """
     ksub, dsub = centers.shape
-    space, time, gap = np.zeros((ksub, dsub)), np.zeros(ksub), np.zeros(ksub)
+    space, direction = np.empty((ksub, dsub)), np.empty((ksub, dsub))
+    time, gap, length = np.empty(ksub), np.empty(ksub), np.empty(ksub)
+    space[:], direction[:], time[:], gap[:] = 0.0, 0.0, 0.0, 0.0
     for i in range(x.shape[0]):
         time[codes[i]] += math.sqrt(1 + theta * _norm2(x[i]))
         for k in range(dsub):
             space[codes[i], k] += x[i, k]
-    direction = np.zeros((ksub, dsub))
-    length = np.empty(ksub)
     for j in range(ksub):
         length[j] = math.sqrt(_norm2(space[j]))
         direction[j, 0] = 1.0  # where the points balance, any direction will do
@@ -200,7 +442,7 @@ def move_centers(x, theta, codes, centers):  # type: ignore[no-untyped-def]
         if sinh > 0:
             apart = 0.0
             for k in range(dsub):
-                apart += (x[i, k] / radius - direction[j, k]) ** 2
+                apart += (np.float64(x[i, k]) / radius - direction[j, k]) ** 2
             gap[j] += sinh * apart / 2
     for j in range(ksub):
         if time[j] > 0:
