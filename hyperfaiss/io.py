@@ -1,55 +1,106 @@
 """The one file format: safetensors, with a JSON header under the key ``hyperfaiss``.
 
 Codecs, indexes and models are the same kind of file: named tensors, and a header with the kind of object, the format's
-version, the library's version, the object's own fields and a SHA-256 of every tensor and of itself. Nothing in it can run code.
+version, the library's version, the object's own fields and a SHA-256 of every tensor and of itself. Nothing in it can run code,
+and any safetensors reader opens it.
+
+The layout is read and written here, and not by the safetensors package, because that can neither map a tensor, nor write one
+without a second copy in memory, nor use file objects: 8 bytes with the length of a JSON object, the object, which gives dtype,
+shape and range of bytes of every tensor, and the tensors one after the other.
 
 A file is written beside its target under a temporary name, flushed to disk and renamed, so that a save that is killed leaves
-the old file whole. Reading checks the header, then each tensor's name, dtype, shape and checksum.
+the old file whole. Reading checks the layout and the header, then each tensor's dtype, shape and checksum.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
+import math
+import mmap
 import os
+import struct
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ._version import __version__
-from .errors import CorruptFileError, FileFormatError, UnsupportedVersionError
+from .errors import CorruptFileError, FileFormatError, InvalidParameterError, UnsupportedVersionError
 
-__all__ = ["Reader", "atomic_path", "write_tensors"]
+__all__ = ["Reader", "Source", "Target", "TensorPieces", "atomic_path", "write_tensors"]
 
 # (major, minor): a file with a newer minor version opens, one with another major version does not.
-FORMAT = (1, 0)
+FORMAT = (1, 1)
 _KEY = "hyperfaiss"
+_DTYPES = {"uint8": "U8", "int64": "I64", "float32": "F32", "float64": "F64", "int32": "I32"}
+# Tensors start at a multiple of this in a file, so that mapped ones are aligned.
+_ALIGNMENT = 64
+_MAX_HEADER = 100 << 20
+# Bytes hashed, written and read at a time: how long Ctrl-C may wait.
+_PIECE = 64 << 20
+
+Source = str | os.PathLike[str] | BinaryIO
+Target = str | os.PathLike[str] | BinaryIO
+
+
+class TensorPieces(Protocol):
+    """A tensor that is written without ever being whole in memory; pieces are contiguous and come in order, each time anew."""
+
+    dtype: Any
+    shape: tuple[int, ...]
+
+    def pieces(self) -> Iterator[npt.NDArray[Any]]:
+        """The tensor's rows, some at a time."""
 
 
 def write_tensors(
-    path: str | os.PathLike[str], kind: str, fields: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]
+    target: Target, kind: str, fields: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any] | TensorPieces]
 ) -> None:
-    """Write ``tensors`` and the JSON-able ``fields`` of an object of this ``kind`` to ``path``, all or nothing."""
-    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    """Write ``tensors`` and the JSON-able ``fields`` of an object of this ``kind``.
+
+    To a path all or nothing; to a binary file object from its position on.
+    """
+    # Wide dtypes first: then all of them are aligned, wherever the file is read.
+    names = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))
     header = {
         "kind": kind,
         "format": list(FORMAT),
         "library": __version__,
         # As reading will find them: JSON turns the keys of a dict into strings, and the checksum sorts by key.
         "fields": json.loads(json.dumps(dict(fields))),
-        "sha256": {name: _digest(array) for name, array in arrays.items()},
+        "sha256": {name: _digest(tensors[name]) for name in names},
     }
     header["digest"] = _header_digest(header)
-    with atomic_path(path) as temporary:
-        save_file(arrays, temporary, {_KEY: json.dumps(header, sort_keys=True)})
+    layout: dict[str, Any] = {"__metadata__": {_KEY: json.dumps(header, sort_keys=True)}}
+    end = 0
+    for name in names:
+        dtype, shape = np.dtype(tensors[name].dtype), tensors[name].shape
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        layout[name] = {"dtype": _DTYPES[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(layout).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+
+    def write(file: BinaryIO) -> None:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            for piece in _pieces(tensors[name]):
+                file.write(piece)
+
+    file: Any = target
+    if isinstance(target, (str, os.PathLike)):
+        with atomic_path(target) as temporary, temporary.open("wb") as file:
+            write(file)
+    elif callable(getattr(file, "write", None)) and not isinstance(file, io.TextIOBase):
+        write(file)
+    else:
+        raise InvalidParameterError(f"expected a path or a binary file object to write to, got {type(target).__name__}")
 
 
 @contextlib.contextmanager
@@ -73,29 +124,38 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 class Reader:
     """An open file of a known ``kind``: ``fields`` from its header, and checked tensors by name. A context manager.
 
+    ``source`` is a path, or a binary file object that is read from its position on and left behind the last tensor. With
+    ``map``, ``tensor(…, large=True)`` maps the file instead of reading it. ``verify``: whether the checksums of large tensors
+    are compared, too; those of all others always are.
+
     Raises FileNotFoundError, FileFormatError (not ours, or of another kind), UnsupportedVersionError, CorruptFileError.
     """
 
-    def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"no file {str(self.path)!r}")
+    def __init__(self, source: Source, kind: str, *, map: bool = False, verify: bool = True) -> None:  # noqa: A002
+        self._verify = verify
+        self._owned = isinstance(source, (str, os.PathLike))
+        self._file = _opened(source)
+        self.name = str(source if self._owned else getattr(source, "name", type(source).__name__))
         try:
-            self._file = safe_open(self.path, framework="numpy")
-            metadata = self._file.metadata() or {}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CorruptFileError(f"{self.path} is not a whole safetensors file: {error}") from error
-        self._close_unless(lambda: self._read_header(metadata, kind))
+            self._start = self._file.tell()
+            self._read_layout()
+            self._read_header(kind)
+            self._map = self._mapped() if map else None
+        except BaseException:
+            self._close()
+            raise
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.__exit__(kind, error, trace)
+        if not self._owned:
+            self._file.seek(self._end)
+        self._close()
 
     def corrupt(self, reason: str) -> CorruptFileError:
         """An error that says why this file can't be what it claims to be."""
-        return CorruptFileError(f"{self.path}: {reason}")
+        return CorruptFileError(f"{self.name}: {reason}")
 
     def field(self, name: str, kind: type | tuple[type, ...]) -> Any:
         """A value of the header, of the given JSON type."""
@@ -111,55 +171,145 @@ class Reader:
             raise self.corrupt(f"header field {name!r} should be at least 0, is {value}")
         return value
 
-    def tensor(self, name: str, dtype: npt.DTypeLike, shape: tuple[int | None, ...]) -> npt.NDArray[Any]:
-        """The tensor ``name``, which must have this dtype, this shape (None: any length) and its recorded checksum."""
-        if name not in self._file.keys():  # noqa: SIM118 (not a mapping)
+    def __contains__(self, name: str) -> bool:
+        return name in self._layout
+
+    def tensor(
+        self, name: str, dtype: npt.DTypeLike, shape: tuple[int | None, ...], *, large: bool = False
+    ) -> npt.NDArray[Any]:
+        """The tensor ``name``, which must have this dtype, this shape (None: any length) and its recorded checksum.
+
+        A mapped one can't be written to.
+        """
+        if name not in self._layout:
             raise self.corrupt(f"tensor {name!r} is missing")
-        found = tuple(self._file.get_slice(name).get_shape())
+        stored, found, start, nbytes = self._layout[name]
+        wanted = np.dtype(dtype)
         if len(found) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found, strict=True)):
             raise self.corrupt(f"tensor {name!r} should have shape {shape}, has {found}")
-        array = self._file.get_tensor(name)
-        if array.dtype != np.dtype(dtype):
-            raise self.corrupt(f"tensor {name!r} should be {np.dtype(dtype)}, is {array.dtype}")
-        if self._digests.get(name) != _digest(array):
+        if stored != _DTYPES[wanted.name] or math.prod(found) * wanted.itemsize != nbytes:
+            raise self.corrupt(f"tensor {name!r} should be {wanted}, is {stored} in {nbytes} bytes")
+        # Unaligned numbers are for the kernels no arrays; this library writes none.
+        if large and self._map is not None and nbytes and start % wanted.alignment == 0:
+            array = np.frombuffer(self._map, wanted, math.prod(found), start).reshape(found)
+        else:
+            array = np.empty(found, wanted)
+            self._read_into(array, start)
+        if (self._verify or not large) and self._digests.get(name) != _digest(array):
             raise self.corrupt(f"tensor {name!r} does not match its checksum")
-        return array  # type: ignore[no-any-return]
+        return array
 
-    def _read_header(self, metadata: dict[str, str], kind: str) -> None:
-        if _KEY not in metadata:
-            raise FileFormatError(f"{self.path} is a safetensors file, but not one of hyperfaiss")
+    # ---------------------------------------------------------------------------------------------- inside
+
+    def _read_layout(self) -> None:
+        """Dtype, shape, start and size of every tensor, checked against the file's length."""
+        size = self._file.seek(0, io.SEEK_END) - self._start
+        self._file.seek(self._start)
         try:
-            header = json.loads(metadata[_KEY])
+            (length,) = struct.unpack("<Q", self._file.read(8))
+            if length > min(size - 8, _MAX_HEADER):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            layout = json.loads(self._file.read(length))
+            self._metadata = layout.pop("__metadata__", None) or {}
+            begin = self._start + 8 + length
+            self._layout = {name: _checked_entry(entry, begin) for name, entry in layout.items()}
+            self._end = begin
+            for _, _, start, nbytes in sorted(self._layout.values(), key=lambda entry: entry[2:]):
+                if start != self._end:
+                    raise ValueError(f"tensors are not one after the other: one starts at {start} instead of {self._end}")
+                self._end += nbytes
+            whole = self._end - self._start
+            if whole > size or (self._owned and whole < size):
+                raise ValueError(f"{whole} bytes expected, {size} found")
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise self.corrupt(f"not a whole safetensors file: {error}") from error
+
+    def _read_header(self, kind: str) -> None:
+        if _KEY not in self._metadata:
+            raise FileFormatError(f"{self.name} is a safetensors file, but not one of hyperfaiss")
+        try:
+            header = json.loads(self._metadata[_KEY])
             version, found = tuple(map(int, header["format"])), header["kind"]
             self.fields: dict[str, Any] = dict(header["fields"])
             self._digests = dict(header["sha256"])
             intact = header.pop("digest") == _header_digest(header)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self.corrupt(f"unreadable header: {error!r}") from error
         if version[:1] != FORMAT[:1]:
             raise UnsupportedVersionError(
-                f"{self.path} has format {'.'.join(map(str, version))}, written by hyperfaiss {header.get('library')}; "
+                f"{self.name} has format {'.'.join(map(str, version))}, written by hyperfaiss {header.get('library')}; "
                 f"this hyperfaiss {__version__} reads {FORMAT[0]}.x"
             )
         if not intact:
             raise self.corrupt("the header does not match its checksum")
         if found != kind:
-            raise FileFormatError(f"{self.path} holds a {found}, expected a {kind}")
+            raise FileFormatError(f"{self.name} holds a {found}, expected a {kind}")
 
-    def _close_unless(self, step: Any) -> None:
+    def _mapped(self) -> mmap.mmap:
         try:
-            step()
-        except BaseException:
-            self._file.__exit__(None, None, None)
-            raise
+            descriptor = self._file.fileno()
+        except (OSError, AttributeError) as error:
+            raise InvalidParameterError(f"only files can be mapped, not {type(self._file).__name__}") from error
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+
+    def _read_into(self, array: npt.NDArray[Any], start: int) -> None:
+        self._file.seek(start)
+        for piece in _pieces(array):
+            if self._file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
+                raise self.corrupt("the file became shorter while it was read")
+
+    def _close(self) -> None:
+        # A map lives on for as long as an array refers to it.
+        if self._owned:
+            self._file.close()
+
+
+def _opened(source: Source) -> BinaryIO:
+    if isinstance(source, (str, os.PathLike)):
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"no file {os.fspath(source)!r}")
+        return Path(source).open("rb")
+    if not callable(getattr(source, "read", None)):
+        raise InvalidParameterError(f"expected a path or a binary file object to read from, got {type(source).__name__}")
+    seekable = getattr(source, "seekable", None)
+    if callable(getattr(source, "readinto", None)) and seekable is not None and seekable():
+        return source
+    content = source.read()
+    if not isinstance(content, bytes):
+        raise InvalidParameterError(
+            f"expected a binary file object, got a {type(source).__name__} that reads {type(content).__name__}"
+        )
+    return io.BytesIO(content)
+
+
+def _checked_entry(entry: Any, begin: int) -> tuple[str, tuple[int, ...], int, int]:
+    shape, (start, end) = entry["shape"], entry["data_offsets"]
+    numbers = [*shape, start, end]
+    if any(type(number) is not int or number < 0 for number in numbers) or end < start:
+        raise ValueError(f"{entry} is no tensor")
+    return entry["dtype"], tuple(shape), begin + start, end - start
 
 
 def _header_digest(header: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(array: npt.NDArray[Any]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() if array.size else ""
+def _pieces(tensor: npt.NDArray[Any] | TensorPieces) -> Iterator[memoryview]:
+    arrays = [np.ascontiguousarray(tensor)] if isinstance(tensor, np.ndarray) else tensor.pieces()
+    for array in arrays:
+        if array.size:
+            view = array.reshape(-1).view(np.uint8).data
+            for start in range(0, len(view), _PIECE):
+                yield view[start : start + _PIECE]
+
+
+def _digest(tensor: npt.NDArray[Any] | TensorPieces) -> str:
+    if not math.prod(tensor.shape):
+        return ""
+    digest = hashlib.sha256()
+    for piece in _pieces(tensor):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:
