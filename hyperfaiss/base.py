@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar, cast
 
+import faiss
 import numpy as np
 import numpy.typing as npt
 
@@ -25,8 +26,6 @@ Self = TypeVar("Self", bound="BaseIndex")
 Parts = tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]
 # Queries, what they search, and the lists that each of them visits (None: all).
 Visits = Iterator[tuple[slice, View, "IntArray | None"]]
-
-_METRIC_L2 = 1  # without importing FAISS
 
 
 class BaseIndex:
@@ -133,7 +132,7 @@ class BaseIndex:
     @property
     def metric_type(self) -> int:
         """``faiss.METRIC_L2`` whatever ``metric`` is: tells FAISS's callers that small is near."""
-        return _METRIC_L2
+        return int(faiss.METRIC_L2)
 
     @property
     def verbose(self) -> bool:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import faiss
 import numpy as np
 import numpy.typing as npt
 
@@ -114,8 +115,6 @@ class HyperbolicIVFPQIndex(BaseIndex):
         return self
 
     def _init_lists(self, quantizer: Any, codec: HyperbolicProductQuantizer, nlist: int) -> None:
-        import faiss
-
         nlist = as_integer(nlist, "nlist", 1, 2**31 - 1)
         if quantizer is None:
             quantizer = faiss.IndexFlatL2(codec.d)
@@ -273,8 +272,6 @@ class HyperbolicIVFPQIndex(BaseIndex):
 
         By our threads and each in its own, as OpenMP's do not survive a fork and do not see Ctrl-C.
         """
-        import faiss
-
         lists = np.empty((len(coarse), nprobe), np.int64)
 
         def ask(start: int) -> Iterator[None]:
@@ -305,8 +302,6 @@ class HyperbolicIVFPQIndex(BaseIndex):
 
     def _centroids(self, coarse: FloatArray) -> FloatArray:
         """``nlist`` centroids (nlist, d) by FAISS's k-means; of many vectors a sample is used."""
-        import faiss
-
         if len(coarse) < self.nlist:
             raise InvalidVectorsError(f"training needs at least nlist = {self.nlist} vectors, got {len(coarse)}")
         limit = _MAX_POINTS_PER_CENTROID * self.nlist
@@ -356,8 +351,6 @@ class HyperbolicIVFPQIndex(BaseIndex):
         return [f"nlist={self.nlist}", f"nprobe={self.nprobe}", f"quantizer={type(self.quantizer).__name__}"]
 
     def _require_same_make(self, other: Any) -> None:
-        import faiss
-
         super()._require_same_make(other)
         mine, theirs = self.quantizer, other.quantizer
         if mine is not theirs and faiss.serialize_index(mine).tobytes() != faiss.serialize_index(theirs).tobytes():
@@ -366,14 +359,10 @@ class HyperbolicIVFPQIndex(BaseIndex):
             )
 
     def _to_parts(self) -> Parts:
-        import faiss
-
         return {"nlist": self.nlist, "nprobe": self.nprobe}, {"index.quantizer": faiss.serialize_index(self.quantizer)}
 
     @classmethod
     def _from_parts(cls, reader: Reader, codec: HyperbolicProductQuantizer) -> HyperbolicIVFPQIndex:
-        import faiss
-
         nlist, nprobe = reader.count("nlist"), reader.count("nprobe")
         try:
             quantizer = faiss.deserialize_index(reader.tensor("index.quantizer", np.uint8, (None,)))

@@ -27,9 +27,10 @@ def pack(codes: Codes, nbits: int) -> Codes:
 
 
 def unpack(packed: Codes, M: int, nbits: int) -> Codes:
-    """The inverse of ``pack``: codes (n, M). Bits beyond the last code are ignored."""
+    """The inverse of ``pack``: codes (n, M), contiguous. Bits beyond the last code are ignored."""
+    packed = np.ascontiguousarray(packed)
     if nbits == 8:
         return packed
     codes = np.empty((len(packed), M), np.uint8)
-    kernels.unpack(np.ascontiguousarray(packed), nbits, codes)
+    kernels.unpack(packed, nbits, codes)
     return codes

@@ -6,22 +6,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import faiss
 import numpy as np
 import numpy.typing as npt
 
 from .checks import IntArray, as_id_array, as_integer
 from .errors import InvalidParameterError, InvalidVectorsError
 from .kernels import layout as kernels
-from .kernels.scan import BLOCK
+from .kernels.runtime import run_tasks
 from .search import View
-from .storage import Masks, as_masks, hash_table, used_lanes
+from .storage import Masks, as_masks, id_set, used_lanes
 
 __all__ = ["SearchParameters", "admitted", "read_parameters", "restrict"]
 
 BoolArray = npt.NDArray[np.bool_]
 
 # Ids that a selector is asked about at a time.
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 
 
 @dataclass
@@ -29,7 +30,8 @@ class SearchParameters:
     """``params`` of a search, for selectors that ``faiss.SearchParameters`` can't hold; either is accepted everywhere.
 
     sel : which ids may be found: a bool array with one entry for every id ever given, 0 … the largest; an integer array of ids
-        (those that the index does not hold are ignored); any ``faiss.IDSelector``; None for all.
+        (those that the index does not hold are ignored); any ``faiss.IDSelector``; None for all. Arrays cost least; an
+        ``IDSelectorBatch`` does not tell its ids, so it is asked about every vector, which takes longer than many a scan.
     nprobe : lists to visit, for this search (None: the index's nprobe). A flat index ignores it.
     """
 
@@ -56,8 +58,6 @@ def read_parameters(params: Any) -> Choice:
     if isinstance(params, SearchParameters):
         nprobe = None if params.nprobe is None else as_integer(params.nprobe, "nprobe", 1)
         return Choice(params.sel, nprobe)
-    import faiss
-
     if isinstance(params, faiss.SearchParametersIVF):
         if params.max_codes:
             raise InvalidParameterError(f"max_codes is not supported, got {params.max_codes}: choose nprobe instead")
@@ -89,7 +89,7 @@ def admitted(view: View, sel: Any, next_id: int) -> Masks:
     no integers; InvalidParameterError: anything else that is no selector.
     """
     used = used_lanes(view)
-    if _is_faiss(sel):
+    if isinstance(sel, faiss.IDSelector):
         return _by_selector(view, sel) & used
     try:
         array = np.asarray(sel)
@@ -110,7 +110,7 @@ def admitted(view: View, sel: Any, next_id: int) -> Masks:
 def _by_ids(view: View, used: Masks, ids: IntArray) -> Masks:
     masks = np.zeros(len(used), np.uint64)
     if len(view.ids):
-        kernels.mark(view.ids, used, hash_table(ids)[0], masks)
+        kernels.mark(view.ids, used, *id_set(ids)[:2], masks)
     else:
         kernels.set_bits(ids[(ids >= 0) & (ids < view.n)], masks)
     return masks
@@ -119,21 +119,17 @@ def _by_ids(view: View, used: Masks, ids: IntArray) -> Masks:
 # ------------------------------------------------------------------------------------------------ FAISS
 
 
-def _is_faiss(sel: Any) -> bool:
-    if not type(sel).__module__.startswith("faiss"):
-        return False
-    import faiss
-
-    return isinstance(sel, faiss.IDSelector)
-
-
 def _by_selector(view: View, sel: Any) -> Masks:
     member = _member(sel)
-    pieces = [np.empty(0, np.bool_)]
-    for start in range(0, len(view.blocks) * BLOCK, _PIECE):
+    admitted = np.empty(view.n, np.bool_)
+
+    def ask(start: int) -> Iterator[None]:
         stop = min(start + _PIECE, view.n)
-        pieces.append(member(view.ids[start:stop] if len(view.ids) else np.arange(start, stop)))
-    return as_masks(np.concatenate(pieces), len(view.blocks))
+        admitted[start:stop] = member(view.ids[start:stop] if len(view.ids) else np.arange(start, stop))
+        yield
+
+    run_tasks(ask, range(0, view.n, _PIECE))
+    return as_masks(admitted, len(view.blocks))
 
 
 def _member(sel: Any) -> Callable[[IntArray], BoolArray]:  # noqa: PLR0911 (a case each)
@@ -141,8 +137,6 @@ def _member(sel: Any) -> Callable[[IntArray], BoolArray]:  # noqa: PLR0911 (a ca
 
     In NumPy for the classes whose fields tell who is a member; for the others FAISS loops over the ids itself.
     """
-    import faiss
-
     kind = type(sel)
     if kind is faiss.IDSelectorAll:
         return lambda ids: np.ones(len(ids), np.bool_)
@@ -175,8 +169,6 @@ def _asked(sel: Any, ids: IntArray) -> BoolArray:
 
     An index of one number a vector, the vector's place in ``ids``, is told to remove the members; whoever is left is none.
     """
-    import faiss
-
     index = faiss.IndexFlatL2(1)
     index.add(np.arange(len(ids), dtype=np.int32).view(np.float32)[:, None])
     table: Any = faiss.Int64Vector()

@@ -22,7 +22,7 @@ from .kernels import layout as kernels
 from .kernels.scan import BLOCK
 from .search import View
 
-__all__ = ["BlockStore", "Codes", "Masks", "Piece", "as_masks", "gathered", "hash_table", "positions_of", "used_lanes"]
+__all__ = ["BlockStore", "Codes", "Masks", "Piece", "as_masks", "gathered", "id_set", "positions_of", "used_lanes"]
 
 Codes = npt.NDArray[np.uint8]
 Masks = npt.NDArray[np.uint64]
@@ -172,8 +172,9 @@ class BlockStore:
         owners = np.repeat(np.arange(len(view.starts) - 1), np.diff(view.starts))
         for start in range(0, len(order), _PIECE):
             blocks = order[start : start + _PIECE]
-            which, lanes = np.nonzero(_as_lanes(masks[blocks]))
-            positions = blocks[which] * BLOCK + lanes
+            places = np.flatnonzero(_as_lanes(masks[blocks]))
+            which = places // BLOCK
+            positions = blocks[which] * BLOCK + places % BLOCK
             ids = view.ids[positions] if len(view.ids) else positions
             yield Piece(gathered(view, positions), ids, owners[start : start + _PIECE][which])
 
@@ -192,7 +193,7 @@ class BlockStore:
             return np.where((ids >= 0) & (ids < view.n), ids, -1)
         keys, inverse = np.unique(ids, return_inverse=True)
         found = np.full(len(keys), -1)
-        kernels.find(view.ids, used_lanes(view), *hash_table(keys), found)
+        kernels.find(view.ids, used_lanes(view), *id_set(keys), found)
         return found[inverse]
 
     # ---------------------------------------------------------------------------------------------- inside
@@ -310,12 +311,12 @@ def as_masks(admitted: npt.NDArray[np.bool_], nblocks: int) -> Masks:
     return masks
 
 
-def hash_table(ids: IntArray) -> tuple[IntArray, IntArray]:
-    """A hash table of ids, negative ones left out, and the number of each: what the kernels look ids up in."""
+def id_set(ids: IntArray) -> tuple[Masks, IntArray, IntArray]:
+    """What the kernels look ids up in: filter, keys, and the place of each key in ``ids``. Negative ids are left out."""
     size = 1 << (2 * len(ids) + 1).bit_length()
-    table, numbers = np.full(size, -1), np.full(size, -1)
-    kernels.fill_table(ids, table, numbers)
-    return table, numbers
+    bits, keys, numbers = np.zeros(max(1, size // 8), np.uint64), np.full(size, -1), np.full(size, -1)
+    kernels.fill_set(ids, bits, keys, numbers)
+    return bits, keys, numbers
 
 
 def positions_of(masks: Masks) -> IntArray:

@@ -17,7 +17,8 @@ _IDS = types.Array(types.int64, 1, "C", readonly=True)
 _MASKS = types.Array(types.uint64, 1, "C", readonly=True)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_FREE = -1  # in a hash table; no id is negative
+_ONE = np.uint64(1)
+_FREE = -1  # no id is negative
 
 
 # ------------------------------------------------------------------------------------------------ blocks
@@ -98,53 +99,66 @@ def unpack(packed, nbits, codes):  # type: ignore[no-untyped-def]
 # ------------------------------------------------------------------------------------------------ ids
 
 
+# A set of ids is a hash table, ``keys`` and their ``numbers``, and before it a filter of one bit an id, which fits into
+# the first-level cache and turns nearly all strangers away. Sizes are powers of two.
+
+
 @device_function
-def _slot(key, table):  # type: ignore[no-untyped-def]
+def _passes(key, bits):  # type: ignore[no-untyped-def]
+    """Whether ``key`` may be in the set."""
+    at = (np.uint64(key) * _GOLDEN) >> np.uint64(20)
+    word = bits[(at >> np.uint64(6)) & np.uint64(bits.shape[0] - 1)]
+    return (word >> (at & np.uint64(63))) & _ONE
+
+
+@device_function
+def _slot(key, keys):  # type: ignore[no-untyped-def]
     """Where ``key`` is in the hash table, or the free place where it would be."""
-    last = table.shape[0] - 1
-    at = np.int64((np.uint64(key) * _GOLDEN) >> np.uint64(32)) & last
-    while table[at] != key and table[at] != _FREE:
-        at = (at + 1) & last
+    last = np.uint64(keys.shape[0] - 1)
+    at = ((np.uint64(key) * _GOLDEN) >> np.uint64(32)) & last
+    while keys[at] != key and keys[at] != _FREE:
+        at = (at + _ONE) & last
     return at
 
 
-@kernel(types.void(_IDS, types.int64[::1], types.int64[::1]))
-def fill_table(keys, table, numbers):  # type: ignore[no-untyped-def]
-    """Make a hash table of the ``keys`` >= 0: ``table``, a power of two > len(keys) of −1, and ``numbers``, which i it is."""
-    for i in range(keys.shape[0]):
-        if keys[i] >= 0:
-            at = _slot(keys[i], table)
-            table[at] = keys[i]
-            numbers[at] = i
+@kernel(types.void(_IDS, types.uint64[::1], types.int64[::1], types.int64[::1]))
+def fill_set(ids, bits, keys, numbers):  # type: ignore[no-untyped-def]
+    """Make a set of the ``ids`` >= 0, from ``bits`` of 0 and ``keys``, more than there are ids, of −1."""
+    for i in range(ids.shape[0]):
+        if ids[i] >= 0:
+            slot = _slot(ids[i], keys)
+            keys[slot] = ids[i]
+            numbers[slot] = i
+            at = (np.uint64(ids[i]) * _GOLDEN) >> np.uint64(20)
+            bits[(at >> np.uint64(6)) & np.uint64(bits.shape[0] - 1)] |= _ONE << (at & np.uint64(63))
 
 
-@kernel(types.void(_IDS, _MASKS, _IDS, types.uint64[::1]))
-def mark(ids, used, table, marked):  # type: ignore[no-untyped-def]
-    """``marked`` (nblocks,) gets a bit for each used position whose id is in the hash table."""
+@kernel(types.void(_IDS, _MASKS, _MASKS, _IDS, types.uint64[::1]))
+def mark(ids, used, bits, keys, marked):  # type: ignore[no-untyped-def]
+    """``marked`` (nblocks,) gets a bit for each used position whose id is in the set."""
     for b in range(used.shape[0]):
-        bits = np.uint64(0)
+        found = np.uint64(0)
         for lane in range(min(BLOCK, ids.shape[0] - b * BLOCK)):
-            bit = np.uint64(1) << np.uint64(lane)
-            if used[b] & bit:
-                key = ids[b * BLOCK + lane]
-                if table[_slot(key, table)] == key:
-                    bits |= bit
-        marked[b] = bits
+            key = ids[b * BLOCK + lane]
+            if _passes(key, bits) and keys[_slot(key, keys)] == key:
+                found |= _ONE << np.uint64(lane)
+        marked[b] = found & used[b]
 
 
-@kernel(types.void(_IDS, _MASKS, _IDS, _IDS, types.int64[::1]))
-def find(ids, used, table, numbers, found):  # type: ignore[no-untyped-def]
-    """``found[numbers[slot]]`` = the first used position with that slot's id; others are left alone."""
+@kernel(types.void(_IDS, _MASKS, _MASKS, _IDS, _IDS, types.int64[::1]))
+def find(ids, used, bits, keys, numbers, found):  # type: ignore[no-untyped-def]
+    """``found[number]`` = the first used position with the id of that number; the others are left alone."""
     for b in range(used.shape[0]):
         for lane in range(min(BLOCK, ids.shape[0] - b * BLOCK)):
-            if used[b] & (np.uint64(1) << np.uint64(lane)):
-                at = _slot(ids[b * BLOCK + lane], table)
-                if table[at] != _FREE and found[numbers[at]] < 0:
-                    found[numbers[at]] = b * BLOCK + lane
+            key = ids[b * BLOCK + lane]
+            if _passes(key, bits) and (used[b] >> np.uint64(lane)) & _ONE:
+                slot = _slot(key, keys)
+                if keys[slot] == key and found[numbers[slot]] < 0:
+                    found[numbers[slot]] = b * BLOCK + lane
 
 
 @kernel(types.void(_IDS, types.uint64[::1]))
 def set_bits(positions, masks):  # type: ignore[no-untyped-def]
     """Set the bit of each position."""
     for i in range(positions.shape[0]):
-        masks[positions[i] // BLOCK] |= np.uint64(1) << np.uint64(positions[i] % BLOCK)
+        masks[positions[i] // BLOCK] |= _ONE << np.uint64(positions[i] % BLOCK)
