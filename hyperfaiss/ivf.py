@@ -244,7 +244,7 @@ class HyperbolicIVFPQIndex(BaseIndex):
 
     def _as_probes(self, lists: Any, nq: int) -> IntArray:
         array = np.asarray(lists)
-        if array.dtype.kind not in "iu" or array.ndim != 2 or len(array) != nq:
+        if array.dtype.kind not in "iu" or array.ndim != 2 or len(array) != nq or not array.shape[1]:
             raise InvalidVectorsError(f"Iq must be int64 of shape ({nq}, nprobe), got {array.dtype} of shape {array.shape}")
         if array.size and not (array.min() >= -1 and array.max() < self.nlist):
             raise InvalidVectorsError(
