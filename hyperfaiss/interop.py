@@ -95,8 +95,8 @@ def to_faiss(index: Index) -> Any:
     """A stock FAISS index that ranks the vectors of ``index`` as it does, for queries that ``faiss_query`` makes.
 
     A flat index becomes ``faiss.IndexPQ`` over M·ksub dimensions, within ``IndexIDMap2`` if its ids are not 0 … ntotal − 1; an
-    IVF index ``faiss.IndexIVFPQ`` over M·(ksub + dsub): there a query carries the tangent vector behind the table, and the
-    quantizer is ours behind a ``RemapDimensionsTransform`` that picks it out, so lists are probed as here.
+    IVF index ``faiss.IndexIVFPQ`` over M·(ksub + dsub): there each row of the table is followed by what the quantizer sees of
+    the vector, and a ``RemapDimensionsTransform`` before the quantizer picks that out, so lists are probed as here.
 
         faiss.write_index(to_faiss(index), "stock.faiss")
         np.save("queries.npy", faiss_query(index, xq))
@@ -113,12 +113,12 @@ def to_faiss(index: Index) -> Any:
 
     _require(index)
     codec = index.codec
-    M, ksub, coarse_d = codec.M, codec.ksub, _coarse_d(index)
-    width = ksub + coarse_d // M
+    M, ksub = codec.M, codec.ksub
+    width = _width(index)
     core: Any
     if isinstance(index, HyperbolicIVFPQIndex):
         columns = np.arange(M * width, dtype=np.int32).reshape(M, width)[:, ksub:].ravel()
-        pick = faiss.RemapDimensionsTransform(M * width, index.quantizer.d, faiss.swig_ptr(columns))
+        pick = faiss.RemapDimensionsTransform(M * width, codec.d, faiss.swig_ptr(columns))
         quantizer = faiss.IndexPreTransform(pick, faiss.clone_index(index.quantizer))
         core = faiss.IndexIVFPQ(quantizer, M * width, index.nlist, M, codec.nbits, faiss.METRIC_INNER_PRODUCT)
         core.by_residual = False
@@ -153,21 +153,19 @@ def to_faiss(index: Index) -> Any:
 def faiss_query(index: Index, x: npt.ArrayLike) -> FloatArray:
     """Queries (nq, M·ksub) float32 for ``to_faiss(index)`` that stand for vectors ``x`` (nq, d); (nq, M·(ksub + dsub)) for IVF.
 
-    Query q holds its distances to all codewords, negated; at M = 8 and 8 bits that is 8 KB. They depend on the codebooks only,
-    so they serve any index of the same codec.
+    Query q holds its distances to all codewords, negated; at M = 8 and 8 bits that is 8 KB. They depend on codec
+    and projector only, so they serve all indexes of one kind that share these.
 
     Raises InvalidVectorsError, also where a distance is beyond float32 (FAISS would make NaN of it), and NotTrainedError.
     """
     _require(index)
     tangents = index._tangents(x)
-    M, ksub, coarse_d = index.codec.M, index.codec.ksub, _coarse_d(index)
-    queries = np.zeros((len(tangents), M, ksub + coarse_d // M), np.float32)
-    np.negative(index.codec.tables_of(tangents), out=queries[:, :, :ksub])
+    codec = index.codec
+    queries = np.empty((len(tangents), codec.M, _width(index)), np.float32)
+    np.negative(codec.tables_of(tangents), out=queries[:, :, : codec.ksub])
     if isinstance(index, HyperbolicIVFPQIndex):
-        coarse = np.zeros((len(tangents), coarse_d), np.float32)
-        coarse[:, : index.quantizer.d] = index._coarse(tangents)
-        queries[:, :, ksub:] = coarse.reshape(len(tangents), M, coarse_d // M)
-    flat = queries.reshape(len(tangents), M * queries.shape[2])
+        queries[:, :, codec.ksub :] = index._coarse(tangents).reshape(-1, codec.M, codec.dsub)
+    flat = queries.reshape(len(tangents), codec.M * _width(index))
     if not np.isfinite(flat).all():
         row = int(np.flatnonzero(~np.isfinite(flat).all(axis=1))[0])
         raise InvalidVectorsError(f"row {row}: a distance to a codeword is beyond float32; FAISS can't add it up")
@@ -284,12 +282,9 @@ def _mapped(labels: IntArray, id_maps: list[IntArray]) -> IntArray:
     return labels
 
 
-def _coarse_d(index: Index) -> int:
-    """Dimensions that a query of ``to_faiss(index)`` has for the quantizer: as many in each subspace."""
-    if not isinstance(index, HyperbolicIVFPQIndex):
-        return 0
-    M = index.codec.M
-    return int(-(-index.quantizer.d // M) * M)
+def _width(index: Index) -> int:
+    """Dimensions of a subspace of ``to_faiss(index)``: a table's row, and what the quantizer sees of the vector."""
+    return index.ksub + (index.dsub if isinstance(index, HyperbolicIVFPQIndex) else 0)
 
 
 def _codec(core: Any) -> HyperbolicProductQuantizer:

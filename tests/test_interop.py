@@ -26,6 +26,7 @@ from hyperfaiss import (
     InvalidVectorsError,
     NotTrainedError,
     Projector,
+    interop,
 )
 from hyperfaiss.interop import faiss_query, from_faiss, projector_from_faiss, to_faiss
 
@@ -199,6 +200,19 @@ def test_ids_of_wrappers_come_along() -> None:
     assert_same_neighbours(outer.search(xq, 10), from_faiss(outer).search(xq, 10))
 
 
+def test_large_indexes_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = vectors(2000, 8)
+    xq = vectors(20, 8, seed=9)
+    mapped = faiss.IndexIDMap(faiss.IndexPQ(8, 2, 4))
+    mapped.train(x)
+    mapped.add_with_ids(x, np.arange(2000) * 3)
+    monkeypatch.setattr(interop, "_PIECE", 150)
+    for theirs in (faiss_pq(x, 2, 4), mapped, faiss_ivf(x, 40, 2, 4)):
+        index = from_faiss(theirs)
+        assert index.ntotal == 2000
+        assert_same_neighbours(theirs.search(xq, 10), index.search(xq, 10))
+
+
 def test_an_id_of_several_vectors_stays_theirs() -> None:
     """FAISS allows it, and some give all vectors of one image its number."""
     x = vectors(2000, 8)
@@ -237,6 +251,7 @@ def chains(x: np.ndarray) -> dict[str, list[Any]]:
         "rotation": [trained(faiss.RandomRotationMatrix(d, 16), x)],
         "itq": [trained(faiss.ITQTransform(d, 8, True), x)],
         "linear twice": [trained(faiss.PCAMatrix(d, 10), x), trained(faiss.RandomRotationMatrix(10, 8), x[:, :10].copy())],
+        "rotated twice": [trained(faiss.RandomRotationMatrix(d, d), x), opq],
         "remap": [remap],
         "shuffle": [shuffled],
         "centre": [centred],
