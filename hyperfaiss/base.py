@@ -268,7 +268,9 @@ class BaseIndex:
     def reconstruct(self, key: int) -> FloatArray:
         """The tangent vector (codec.d,) that the code of vector ``key`` stands for. UnknownIdError if there is none."""
         number = as_integer(key, "key", -(2**63))
-        vector: FloatArray = self.reconstruct_batch(np.array([min(number, MAX_ID + 1)]))[0]
+        if number > MAX_ID:
+            raise UnknownIdError(f"id {number} is unknown: the index holds {self._held()}")
+        vector: FloatArray = self.reconstruct_batch(np.array([number]))[0]
         return vector
 
     def reconstruct_n(self, n0: int = 0, ni: int = -1) -> FloatArray:

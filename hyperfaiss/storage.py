@@ -253,7 +253,8 @@ class _Arena:
     def reserve(self, nblocks: int, owned: bool) -> None:
         """See to it that there are so many blocks and that they can be written."""
         have, M = self.blocks.shape[:2]
-        spare = max(have // 100, (64 << 10) // (M * BLOCK), 1)
+        nbytes = BLOCK * (M if self.ids is None else M + 8)
+        spare = max(have // 100, (64 << 10) // nbytes, 1)
         nblocks = max(nblocks, have + spare) if nblocks > have else have
         self._grow("blocks", (nblocks, M, BLOCK))
         if self.ids is not None:

@@ -30,7 +30,6 @@ from hyperfaiss import (
     Model,
     NotTrainedError,
     Projector,
-    UnknownIdError,
     read_index,
     write_index,
 )
@@ -469,79 +468,6 @@ def test_write_untrained(tmp_path: Path) -> None:
     with pytest.raises(NotTrainedError):
         write_index(HyperbolicPQIndex(8, 2), tmp_path / "index")
     assert not list(tmp_path.iterdir())
-
-
-# ------------------------------------------------------------------------------------------------ errors
-
-
-def call(name: str, *args: Any, **options: Any) -> Callable[[HyperbolicPQIndex], Any]:
-    return lambda index: getattr(index, name)(*args, **options)
-
-
-X = np.ones((2, 12), np.float32)
-NAN = np.where(np.arange(12) == 3, np.nan, X)
-
-
-@pytest.mark.parametrize(
-    ("attempt", "error", "words"),
-    [
-        (call("add", X[:, :5]), InvalidVectorsError, r"\(n, 12\), got \(2, 5\)"),
-        (call("add", X[0]), InvalidVectorsError, r"got \(12,\).*None"),
-        (call("add", NAN), InvalidVectorsError, "2 of 2 rows are not, first row 0"),
-        (call("add", X * np.float32(1e6)), InvalidVectorsError, "row 0: .*curvature"),
-        (call("add", None), InvalidVectorsError, "x"),
-        (call("search", X[:, :5], 3), InvalidVectorsError, r"\(n, 12\), got \(2, 5\)"),
-        (call("search", NAN, 3), InvalidVectorsError, "finite"),
-        (call("search", X * np.inf, 3), InvalidVectorsError, "finite"),
-        (call("search", X * np.float32(1e6), 3), InvalidVectorsError, "row [01]: .*curvature"),
-        (call("search", X, 0), InvalidParameterError, "k must be an integer >= 1, got 0"),
-        (call("search", X, -1), InvalidParameterError, "got -1"),
-        (call("search", X, 2.0), InvalidParameterError, "got 2.0"),
-        (call("search", X, True), InvalidParameterError, "got True"),
-        (call("search", X, np.bool_(True)), InvalidParameterError, "k must be"),
-        (call("search", X, None), InvalidParameterError, "got None"),
-        (call("search", X, "3"), InvalidParameterError, "got '3'"),
-        (call("search", X, 3, D=np.empty((2, 4), np.float32)), InvalidParameterError, r"D must .*\(2, 3\), got .*\(2, 4\)"),
-        (call("search", X, 3, D=np.empty((2, 3))), InvalidParameterError, "D must .*float32.*got float64"),
-        (call("search", X, 3, I=np.empty((2, 3), np.int32)), InvalidParameterError, "I must .*int64.*got int32"),
-        (call("search", X, 3, I=np.empty((3, 2), np.int64).T), InvalidParameterError, "I must .*contiguous"),
-        (call("search", X, 3, I=[[0] * 3] * 2), InvalidParameterError, "I must .*list"),
-        (call("search", X, 3, D=np.broadcast_to(np.float32(0), (2, 3))), InvalidParameterError, "D must .*writeable"),
-        (call("reconstruct", -1), UnknownIdError, "-1"),
-        (call("reconstruct", 300), UnknownIdError, "300.*0 to 299"),
-        (call("reconstruct", 1.5), InvalidParameterError, "1.5"),
-        (call("reconstruct", True), InvalidParameterError, "True"),
-        (call("reconstruct_n", 299, 2), UnknownIdError, "299 to 300.*0 to 299"),
-        (call("reconstruct_n", 301, -1), UnknownIdError, "301"),
-        (call("reconstruct_n", -5, 5), UnknownIdError, "-5"),
-        (call("reconstruct_n", 0, -2), InvalidParameterError, "-2"),
-        (call("reconstruct_n", 2**70, 1), UnknownIdError, str(2**70)),
-        (call("add_sa_codes", np.zeros((2, 3), np.int64)), InvalidVectorsError, "uint8"),
-        (call("add_sa_codes", np.zeros((2, 4), np.uint8)), InvalidVectorsError, r"\(n, 2\)"),
-        (call("sa_encode", NAN), InvalidVectorsError, "finite"),
-        (call("train", X), InvalidParameterError, "reset"),
-    ],
-)
-def test_errors_leave_the_index_as_it_was(attempt: Any, error: type[Exception], words: str) -> None:
-    index = random_index()
-    codes, ref = index.codes, index.search(X, 5)
-    with pytest.raises(error, match=words):
-        attempt(index)
-    assert index.ntotal == 300
-    np.testing.assert_array_equal(index.codes, codes)
-    assert_same_bits(index.search(X, 5), ref)
-
-
-def test_untrained() -> None:
-    index = HyperbolicPQIndex(12, 3)
-    for attempt in (
-        call("add", X), call("search", X, 3), call("sa_encode", X), call("sa_decode", np.zeros((1, 2), np.uint8)),
-        call("add_sa_codes", np.zeros((1, 2), np.uint8)),
-    ):  # fmt: skip
-        with pytest.raises(NotTrainedError, match="train"):
-            attempt(index)
-    with pytest.raises(UnknownIdError):
-        index.reconstruct(0)
 
 
 def test_a_failed_add_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
