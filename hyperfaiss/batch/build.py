@@ -18,7 +18,7 @@ from ..ivf import HyperbolicIVFPQIndex
 from . import files
 from .engines import Advance, EngineName, open_engine
 from .job import Job, Summary, read_manifest, versions
-from .memory import Budget, format_bytes
+from .memory import Budget
 from .progress import Bar, prefetch
 from .shards import ShardReader, file_header, key_writer, keys_url
 from .sources import Batch, Paths, Source, as_source, split
@@ -32,8 +32,8 @@ TEMPLATE = "template.index"
 _MOST_ROWS, _FEWEST_ROWS = 1 << 27, 1 << 16
 # Vectors that are encoded at a time.
 _MOST_BATCH, _FEWEST_BATCH = 1 << 16, 1 << 6
-# A shard in memory, its copy while it is written, and the growth of its arrays.
-_COPIES = 2.3
+# Bytes that a shard takes in memory while it is built, over those of its codes and ids: measured, with room for growth.
+_COPIES = 1.5
 # Runs of consecutive rows that a training sample is made of: each costs the decoding of a row group.
 _RUNS = 256
 
@@ -189,12 +189,7 @@ def sample(source: Source, n: int, seed: int) -> npt.NDArray[np.float32]:
 def _train(index: Any, source: Source, train_rows: int | None, seed: int, budget: Budget) -> None:
     wanted = max(256 * index.ksub, 64 * getattr(index, "nlist", 0)) if train_rows is None else train_rows
     wanted = min(as_integer(wanted, "train_rows", index.ksub), source.n)
-    need = wanted * source.d * 4 * 5
-    if need > budget.free:
-        raise InvalidParameterError(
-            f"training on {wanted:,} vectors takes about {format_bytes(need)}, {format_bytes(budget.free)} of memory is free: "
-            "give more memory or fewer train_rows"
-        )
+    budget.require(wanted * source.d * 4 * 5, 1.0, f"training on {wanted:,} vectors (train_rows)")
     index.train(sample(source, wanted, seed))
 
 
@@ -237,9 +232,5 @@ def _shard_rows(given: int | None, vector_bytes: int, budget: Budget, folder: st
     if given is None:
         return budget.rows(need, 0.6, _FEWEST_ROWS, _MOST_ROWS)
     rows = as_integer(given, "shard_rows", 1)
-    if rows * need > 0.7 * budget.free:
-        raise InvalidParameterError(
-            f"a shard of {rows:,} vectors takes about {format_bytes(rows * need)}, {format_bytes(int(0.7 * budget.free))} of "
-            "memory is free for it: give more memory or smaller shard_rows"
-        )
+    budget.require(rows * need, 0.7, f"a shard of {rows:,} vectors (shard_rows)")
     return rows

@@ -36,6 +36,9 @@ def format_bytes(size: int) -> str:
 
 def peak_memory() -> int:
     """The most bytes of memory that this process has had (resident, mapped files included)."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage's peak begins with that of the process that started this one
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -57,13 +60,17 @@ class Budget:
     def rows(self, row_bytes: int, share: float, low: int, high: int) -> int:
         """How many rows of ``row_bytes`` fit into a ``share`` of what is free: a power of two from ``low`` to ``high``."""
         fitting = max(1, int(self.free * share) // max(1, row_bytes))
-        rows = min(high, max(low, 1 << (fitting.bit_length() - 1)))
-        if fitting < low:
+        self.require(low * row_bytes, share, f"{low} rows of {row_bytes:,} bytes at a time")
+        return min(high, max(low, 1 << (fitting.bit_length() - 1)))
+
+    def require(self, size: int, share: float, what: str) -> None:
+        """InvalidParameterError unless ``size`` bytes fit into a ``share`` of what is free."""
+        if size > self.free * share:
+            more = int(self.total + size / share - self.free)
             raise InvalidParameterError(
-                f"memory {format_bytes(self.total)} is too little for {low} rows of {row_bytes:,} bytes at a time: "
-                f"give {format_bytes(int(self.total + (low * row_bytes - self.free * share) / share))} or more"
+                f"{what} takes {format_bytes(size)}, too much for memory {format_bytes(self.total)}: give {format_bytes(more)} "
+                "or more"
             )
-        return rows
 
 
 def _resident() -> int:

@@ -14,7 +14,7 @@ from ..errors import InvalidParameterError, InvalidVectorsError
 from ..index import read_index, write_index
 from . import files
 from .job import Job, Summary, read_manifest, started, versions
-from .memory import Budget, format_bytes
+from .memory import Budget
 from .progress import Bar
 from .results import FORMATS, Format, Hits, Results, merge_lists, part_files, write_part
 from .shards import SUFFIX, Shard, ShardReader, find_shards, key_writer, keys_url
@@ -47,16 +47,13 @@ def merge_shards(
         raise InvalidParameterError(f"an index file ends in {SUFFIX}, got {output!r}")
     if files.file_info(target) is not None and not overwrite:
         raise InvalidParameterError(f"{output} exists already: choose another name, or overwrite")
-    # Arrays that grow, and their copy while the file is written.
-    need, free = int(sum(shard.bytes for shard in shards) * 2.3), Budget(memory).free
-    if need > free:
-        raise InvalidParameterError(f"the merged index takes {format_bytes(need)}, {format_bytes(free)} of memory is free")
+    Budget(memory).require(int(sum(shard.bytes for shard in shards) * 1.5), 1.0, "the merged index")
     total = sum(shard.ntotal for shard in shards)
     with ShardReader() as reader, Bar("merge", total, shown=progress) as bar:
         merged = read_index(reader.local(shards[0]))
         merged.reset()
         for shard in shards:
-            merged.merge_from(read_index(reader.local(shard)), add_id=shard.add_id)
+            merged.merge_from(read_index(reader.local(shard), mmap=True), add_id=shard.add_id)
             bar.advance(shard.ntotal)
         if shards[0].keys is None:
             files.remove(keys_url(target))  # of a former file of this name
@@ -108,9 +105,9 @@ def merge_results(
                 f"{first.folder} holds {first.n} queries ({'string' if first.keyed else 'int64'} ids), "
                 f"{one.folder} {one.n} ({'string' if one.keyed else 'int64'} ids)"
             )
-    rows = Budget(memory).rows(sum(one.k for one in inputs) * 12 * 8, 0.6, 1, as_integer(part_rows, "part_rows", 1))
-    if rows < part_rows:
-        raise InvalidParameterError(f"part_rows = {part_rows} does not fit memory {memory}: {rows} do")
+    as_integer(part_rows, "part_rows", 1)
+    # All lists of a part's queries, side by side, and what merging makes of them.
+    Budget(memory).require(part_rows * sum(one.k for one in inputs) * 12 * 8, 0.8, f"merging {part_rows:,} queries at a time")
     ranges = list(split(0, first.n, part_rows))
     stems = [f"part-{i:05d}" for i in range(len(ranges))]
     fingerprint = {

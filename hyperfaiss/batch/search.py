@@ -22,7 +22,7 @@ __all__ = ["search"]
 
 # Results of a part, whatever k is: a part is what a killed job loses at the most, and 12 MiB of memory.
 _RESULTS = 1 << 20
-_MOST_ROWS, _FEWEST_ROWS = 1 << 16, 1 << 8
+_MOST_ROWS, _FEWEST_ROWS = 1 << 16, 1 << 4
 
 
 def search(
@@ -68,7 +68,7 @@ def search(
     source = as_source(queries)
     k = as_integer(k, "k", 1)
     _check(shards, source, nprobe, format)
-    default = min(_MOST_ROWS, max(_FEWEST_ROWS, 1 << (_RESULTS // k).bit_length() - 1)) if k <= _RESULTS else _FEWEST_ROWS
+    default = min(_MOST_ROWS, max(_FEWEST_ROWS, 1 << (_RESULTS // k).bit_length() >> 1))
     rows = default if part_rows is None else as_integer(part_rows, "part_rows", 1)
     ranges = list(split(0, source.n, rows))
     stems = [f"part-{i:05d}" for i in range(len(ranges))]
@@ -80,8 +80,10 @@ def search(
     }
     form = {"results": format, "k": k, "parts": stems}
     budget = Budget(memory)
+    # A part's results, as they are put together and written.
+    budget.require(rows * k * 60, 0.5, f"the results of {rows:,} queries, a part")
     # A query as it is read, as float32, the next one, the projector's rows; its lists, those of one more shard, their merging.
-    block_rows = budget.rows(source.d * 4 * 6 + k * 12 * 6, 0.6, 1, rows)
+    block_rows = budget.rows(source.d * 4 * 6 + k * 12 * 6, 0.4, 1, rows)
     folder = files.absolute(output)
     with (
         ShardReader(cache) as reader,

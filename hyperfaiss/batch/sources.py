@@ -53,8 +53,8 @@ SUFFIXES = (*_PARQUET, ".npy", *_VECS, *_BINS)
 
 # Parquet pages are decoded through a buffer of this size, instead of whole column chunks.
 _BUFFER_BYTES = 1 << 20
-# Rows that pyarrow decodes at a time: a range is made of such pieces.
-_DECODE_ROWS = 4096
+# Bytes of vectors that pyarrow decodes at a time: a range is made of such pieces.
+_DECODE_BYTES = 4 << 20
 # Footers and headers are read by so many threads: over a network each takes a round trip.
 _OPENERS = 16
 
@@ -451,7 +451,8 @@ class _ParquetReader:
         table = self._table
         names = dict.fromkeys([table.column, table.id_column or table.column, *(f[0] for f in table.filters)])
         if group != self._group or first < self._position:
-            self._batches = self._file.iter_batches(batch_size=_DECODE_ROWS, row_groups=[group], columns=list(names))
+            rows = max(64, min(4096, _DECODE_BYTES // (4 * max(1, table.d))))
+            self._batches = self._file.iter_batches(batch_size=rows, row_groups=[group], columns=list(names))
             self._group, self._position, self._batch = group, int(table.starts[group]), None
         while first < last:
             if self._batch is None or self._position + len(self._batch) <= first:
@@ -478,6 +479,9 @@ class _ParquetReader:
             batch = kept.to_batches()[0]
             rows = batch.column("\0row").to_numpy()
         vectors = self._vectors(rows, batch.column(table.column))
+        if len(vectors) < len(self._batch):
+            # A view would keep all rows that were decoded with these.
+            vectors = vectors.copy()
         yield rows, None if table.id_column is None else self._ids(rows, batch.column(table.id_column)), vectors
 
     def _vectors(self, rows: npt.NDArray[np.int64], lists: Any) -> npt.NDArray[Any]:
