@@ -48,7 +48,8 @@ class BaseIndex:
     _store: BlockStore
 
     def __init_subclass__(cls) -> None:
-        BaseIndex._kinds[cls._kind] = cls
+        if "_kind" in vars(cls):  # a user's own class is none that a file names
+            BaseIndex._kinds[cls._kind] = cls
 
     def _init(self, codec: HyperbolicProductQuantizer, nlist: int) -> None:
         self.codec = codec

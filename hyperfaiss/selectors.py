@@ -15,7 +15,7 @@ from .errors import InvalidParameterError, InvalidVectorsError
 from .kernels import layout as kernels
 from .kernels.runtime import run_tasks
 from .search import View
-from .storage import Masks, as_masks, id_set, used_lanes
+from .storage import Masks, as_masks, bits_between, id_set, used_lanes
 
 __all__ = ["SearchParameters", "admitted", "read_parameters", "restrict"]
 
@@ -74,12 +74,13 @@ def read_parameters(params: Any) -> Choice:
 def restrict(view: View, sel: Any, next_id: int) -> View:
     """``view`` without the vectors that ``sel`` does not admit, and without the blocks that hold none it admits."""
     masks = admitted(view, sel, next_id)
-    order = view.order if len(view.order) else np.arange(len(view.blocks))
-    kept = masks[order] != 0
-    starts = np.concatenate([[0], np.cumsum(kept)])[view.starts]
-    if not starts[-1]:  # an empty order would mean all blocks
-        return view._replace(blocks=view.blocks[:0], n=0, ids=view.ids[:0], masks=masks[:0], order=order[:0], starts=starts)
-    return view._replace(masks=masks, order=order[kept], starts=starts)
+    places = np.flatnonzero(masks[view.order] if len(view.order) else masks)
+    starts = np.searchsorted(places, view.starts)
+    if not len(places):  # an empty order would mean all blocks
+        return view._replace(
+            blocks=view.blocks[:0], n=0, ids=view.ids[:0], masks=masks[:0], order=view.order[:0], starts=starts
+        )
+    return view._replace(masks=masks, order=view.order[places] if len(view.order) else places, starts=starts)
 
 
 def admitted(view: View, sel: Any, next_id: int) -> Masks:
@@ -120,6 +121,8 @@ def _by_ids(view: View, used: Masks, ids: IntArray) -> Masks:
 
 
 def _by_selector(view: View, sel: Any) -> Masks:
+    if type(sel) is faiss.IDSelectorRange and not len(view.ids):
+        return bits_between(sel.imin, sel.imax, len(view.blocks))
     member = _member(sel)
     admitted = np.empty(view.n, np.bool_)
 

@@ -22,7 +22,18 @@ from .kernels import layout as kernels
 from .kernels.scan import BLOCK
 from .search import View
 
-__all__ = ["BlockStore", "Codes", "Masks", "Piece", "as_masks", "gathered", "id_set", "positions_of", "used_lanes"]
+__all__ = [
+    "BlockStore",
+    "Codes",
+    "Masks",
+    "Piece",
+    "as_masks",
+    "bits_between",
+    "gathered",
+    "id_set",
+    "positions_of",
+    "used_lanes",
+]
 
 Codes = npt.NDArray[np.uint8]
 Masks = npt.NDArray[np.uint64]
@@ -318,6 +329,18 @@ def id_set(ids: IntArray) -> tuple[Masks, IntArray, IntArray]:
     bits, keys, numbers = np.zeros(max(1, size // 8), np.uint64), np.full(size, -1), np.full(size, -1)
     kernels.fill_set(ids, bits, keys, numbers)
     return bits, keys, numbers
+
+
+def bits_between(low: int, high: int, nblocks: int) -> Masks:
+    """Bits (nblocks,) of the positions low … high − 1, as far as they exist."""
+    low, high = max(low, 0), min(high, nblocks * BLOCK)
+    masks = np.zeros(nblocks, np.uint64)
+    if low < high:
+        first, last = low // BLOCK, (high - 1) // BLOCK
+        masks[first : last + 1] = _ALL_LANES
+        masks[first] &= _ALL_LANES << np.uint64(low % BLOCK)
+        masks[last] &= _ALL_LANES >> np.uint64((-high) % BLOCK)
+    return masks
 
 
 def positions_of(masks: Masks) -> IntArray:

@@ -565,6 +565,17 @@ def test_files_are_packed(nbits: int, lists: int, tmp_path: Path) -> None:
     assert contents(read_index(tmp_path / "file")) == contents(i)
 
 
+def test_a_class_of_ones_own_is_written_as_what_it_is_made_of(tmp_path: Path) -> None:
+    class Own(HyperbolicPQIndex):
+        """A user's class."""
+
+    own = Own.from_codec(bytes_codec())
+    own.add(np.ones((3, 2)))
+    assert type(own) is Own
+    write_index(own, tmp_path / "file")
+    assert type(read_index(tmp_path / "file")) is HyperbolicPQIndex
+
+
 # ------------------------------------------------------------------------------------------------ saves that go wrong
 
 

@@ -201,6 +201,15 @@ def test_pieces_of_a_large_index(piece: int, kind: str, monkeypatch: pytest.Monk
     assert len(ref) == np.isin(ids_of(kind), np.arange(0, 2000, 3)).sum()
 
 
+@pytest.mark.parametrize(
+    "bounds", [(0, 1), (63, 64), (63, 65), (64, 128), (5, 700), (5, 10**6), (-3, 2), (699, 700), (700, 9), (0, 0)]
+)
+def test_ranges_at_the_borders_of_blocks(bounds: tuple[int, int], kind: str) -> None:
+    index, ids = build(kind), ids_of(kind)
+    inside = (ids >= bounds[0]) & (ids < bounds[1])
+    assert_filtered(index, kind, inside, SearchParameters(faiss.IDSelectorRange(*bounds)))
+
+
 def test_removed_lanes_stay_out(kind: str) -> None:
     """Lanes that are not in use hold some id or other; no selector admits them."""
     index, ids = build(kind), ids_of(kind)
