@@ -197,9 +197,9 @@ class HyperbolicProductQuantizer:
     def compute_distance_tables(self, x: npt.ArrayLike) -> FloatArray:
         """Distances of each query's parts to all codewords: (nq, d) tangent vectors to (nq, M, ksub) float32.
 
-        Geodesic distances, their squares or negated inner products, by ``metric``, each off by at most 1e-7 of itself (an inner
-        product: of |x||c|); what float32 can't hold is inf, or its largest number in inner products. A query's table does not
-        depend on the other queries, and is the same to the bit on any CPU.
+        Geodesic distances, their squares or negated inner products, by ``metric``: computed in float64 and rounded once, with a
+        relative error below 1e-6 even between points that are far out and close together. What float32 can't hold is inf, or,
+        of inner products, its largest number. A query's table does not depend on the other queries, nor on the CPU.
         """
         self._require_trained()
         return self.tables_of(as_vectors(x, self.d))
