@@ -85,6 +85,7 @@ def make_tables(kind: str, nq: int, M: int, ksub: int, rng: np.random.Generator)
         "huge": lambda: rng.random(shape) * 3e38,
         "infinite": lambda: np.where(rng.random(shape) < 0.3, np.inf, rng.random(shape)),
         "all infinite": lambda: np.full(shape, np.inf),
+        "huge of both signs": lambda: rng.uniform(-3e38, 3e38, shape) / M,
         "wide range": lambda: 10 ** rng.uniform(-30, 30, shape),
         "negative": lambda: rng.normal(size=shape),
         "negative and far": lambda: rng.normal(size=shape) - 1e6,
@@ -97,8 +98,8 @@ def make_tables(kind: str, nq: int, M: int, ksub: int, rng: np.random.Generator)
 
 
 KINDS = [
-    "random", "far", "constant", "zero", "two values", "denormal", "huge", "infinite", "all infinite", "wide range", "negative",
-    "negative and far", "cancelling", "one dominates", "last dominates", "few near",
+    "random", "far", "constant", "zero", "two values", "denormal", "huge", "infinite", "all infinite", "huge of both signs",
+    "wide range", "negative", "negative and far", "cancelling", "one dominates", "last dominates", "few near",
 ]  # fmt: skip
 
 

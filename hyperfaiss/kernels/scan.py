@@ -142,11 +142,11 @@ def _sort(D, I, count):  # type: ignore[no-untyped-def]  # noqa: E741
 @device_function
 def _cut(state, D, I, keep):  # type: ignore[no-untyped-def]  # noqa: E741
     """Cut a buffer to its ``keep`` best, which sets the limit; a buffer with fewer stays as it is."""
-    if state.count >= keep:
-        _select(D, I, state.count, keep)
-        state.count = keep
-        state.limit, state.limit_id = D[keep - 1], I[keep - 1]
-        state.fresh = 0
+    if state["count"] >= keep:
+        _select(D, I, state["count"], keep)
+        state["count"] = keep
+        state["limit"], state["limit_id"] = D[keep - 1], I[keep - 1]
+        state["fresh"] = 0
 
 
 # ------------------------------------------------------------------------------------------------ the byte table
@@ -176,20 +176,20 @@ def prepare(tables, lows, states):  # type: ignore[no-untyped-def]
             hidden += max(abs(least), abs(most))
             signed = signed or least < 0
         state = states[q]
-        state.low = total
-        state.relative = M * _ROUNDING
-        state.hidden = M * _ROUNDING * hidden if signed else 0.0
-        state.fresh = 0
+        state["low"] = total
+        state["relative"] = M * _ROUNDING
+        state["hidden"] = M * _ROUNDING * hidden if signed else 0.0
+        state["fresh"] = 0
 
 
 @device_function
 def _quantise(state, table, lows, small):  # type: ignore[no-untyped-def]
     """Fill the byte table for the query's limit."""
     M, ksub = table.shape
-    limit = np.float64(state.limit)
-    room = limit + abs(limit) * state.relative + state.hidden - state.low
-    state.fresh = 1
-    if not np.isfinite(room):  # entries that are infinite or next to it: leave nothing out
+    limit = np.float64(state["limit"])
+    room = limit + abs(limit) * state["relative"] + state["hidden"] - state["low"]
+    state["fresh"] = 1
+    if not abs(room) < 1e38:  # entries that are infinite, or whose differences may be: leave nothing out
         for m in range(M):
             for j in range(ksub):
                 small[m, j] = 0
@@ -258,8 +258,11 @@ def _candidates(bounds: dict[int, Any]) -> Any:
     return candidates
 
 
-def _make_scan(candidates: Any) -> Any:
-    """The scan with this function for the first pass. (A function passed at run time could not be cached.)"""
+def _make_scan(candidates: Any, by_bytes: bool) -> Any:
+    """The scan with this function for the first pass, which needs the byte table or not.
+
+    (Numba could not cache the scan if it took them at run time.)
+    """
 
     @device_function
     def scan(blocks, n, ids, masks, order, visits, rows, tables, lows, small, states, D, I, keep):  # type: ignore[no-untyped-def]  # noqa: E741
@@ -273,27 +276,27 @@ def _make_scan(candidates: Any) -> Any:
                     for at in range(start, stop):
                         b = order[at] if order.shape[0] else at
                         mask = masks[b] if masks.shape[0] else _ALL >> np.uint64(max(0, (b + 1) * BLOCK - n))
-                        if state.limit < np.inf:
-                            if not state.fresh:
+                        if state["limit"] < np.inf:
+                            if by_bytes and not state["fresh"]:
                                 _quantise(state, table, lows[q], small[q])
-                            mask &= candidates(blocks[b], table, small[q], state.limit)
+                            mask &= candidates(blocks[b], table, small[q], state["limit"])
                         while mask:
                             lane = simd.trailing_zeros(mask)
                             mask &= mask - _ONE
                             d = _distance(table, blocks[b], lane)
                             i = ids[b * BLOCK + lane] if ids.shape[0] else b * BLOCK + lane
-                            if _before(d, i, state.limit, state.limit_id):
-                                buffer_D[state.count], buffer_I[state.count] = d, i
-                                state.count += 1
-                                if state.count == buffer_D.shape[0]:
+                            if _before(d, i, state["limit"], state["limit_id"]):
+                                buffer_D[state["count"]], buffer_I[state["count"]] = d, i
+                                state["count"] += 1
+                                if state["count"] == buffer_D.shape[0]:
                                     _cut(state, buffer_D, buffer_I, keep)
 
     return scan
 
 
-_scan_generic = _make_scan(_candidates_generic)
-_scan_avx2 = _make_scan(_candidates(simd.bound_avx2))
-_scan_vbmi = _make_scan(_candidates(simd.bound_vbmi))
+_scan_generic = _make_scan(_candidates_generic, by_bytes=False)
+_scan_avx2 = _make_scan(_candidates(simd.bound_avx2), by_bytes=True)
+_scan_vbmi = _make_scan(_candidates(simd.bound_vbmi), by_bytes=True)
 
 
 _SCAN = types.void(
@@ -346,11 +349,11 @@ def take_limits(states, D, I, rank):  # type: ignore[no-untyped-def]  # noqa: E7
     for q in range(states.shape[0]):
         state = states[q]
         _cut(state, D[q], I[q], rank)
-        if state.count < rank:
-            state.limit = np.inf
-        state.limit_id = EMPTY
-        state.count = 0
-        state.fresh = 0
+        if state["count"] < rank:
+            state["limit"] = np.inf
+        state["limit_id"] = EMPTY
+        state["count"] = 0
+        state["fresh"] = 0
 
 
 @kernel(
@@ -373,11 +376,11 @@ def collect(states, part_D, part_I, D, I, found):  # type: ignore[no-untyped-def
     for q in range(nq):
         total = 0
         for part in range(parts):
-            total += states[part, q].count
+            total += states[part, q]["count"]
         all_D, all_I = np.empty(total, np.float32), np.empty(total, np.int64)
         at = 0
         for part in range(parts):
-            count = states[part, q].count
+            count = states[part, q]["count"]
             for j in range(count):
                 all_D[at], all_I[at] = part_D[part, q, j], part_I[part, q, j]
                 at += 1

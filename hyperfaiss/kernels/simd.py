@@ -79,6 +79,8 @@ def requested_level() -> str:
 def _features() -> dict[str, bool]:
     """CPU features that Numba generates code for: the host's, unless NUMBA_CPU_NAME or NUMBA_CPU_FEATURES say otherwise."""
     settings: Any = config
+    if settings.DISABLE_JIT:
+        return {}
     if settings.CPU_FEATURES is not None:
         return {name[1:]: name[0] == "+" for name in settings.CPU_FEATURES.split(",") if name}
     if settings.CPU_NAME == "generic":
@@ -228,12 +230,15 @@ bound_vbmi = {ksub: _bound(64, _lookup_vbmi, ksub) for ksub in SIZES}
 
 
 def _trailing_zeros(_typing: Any, _mask: Any) -> Any:
-
     def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
 
     return types.int64(types.uint64), generate
 
 
+def _trailing_zeros_without_jit(mask: Any) -> int:
+    return (int(mask) & -int(mask)).bit_length() - 1
+
+
 # Number of the lowest bit that is set in a uint64 mask, which must not be 0.
-trailing_zeros: Any = intrinsic(_trailing_zeros)
+trailing_zeros: Any = _trailing_zeros_without_jit if config.DISABLE_JIT else intrinsic(_trailing_zeros)  # type: ignore[attr-defined]
