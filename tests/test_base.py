@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+import hyperfaiss
+import hyperfaiss.search
 from hyperfaiss import (
     HyperbolicIVFPQIndex,
     HyperbolicPQIndex,
@@ -478,6 +481,79 @@ class Model(RuleBasedStateMachine):
 Model.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None, derandomize=True)
 TestModel = Model.TestCase
 TestModel.__test__ = True
+
+
+# ------------------------------------------------------------------------------------------------ threads
+
+
+@pytest.mark.parametrize("n", [70, 128, 300])
+@pytest.mark.parametrize("change", ["add", "add_with_ids", "remove_ids", "update_vectors", "merge_from", "reset"])
+def test_a_search_sees_one_state_of_the_index(change: str, n: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may change the index while a search runs, here before each of its tasks."""
+    hyperfaiss.set_num_threads(1)
+    monkeypatch.setattr(hyperfaiss.search, "_TABLE_BYTES", 1)  # a task for each query
+    index, steps = filled(kind, n), iter(range(99))
+    ref = index.search(Q, n + 50)
+    tables_of = index.codec.tables_of
+
+    def changing(*args: Any) -> np.ndarray:
+        step = next(steps)
+        gone = np.arange(10 * step, 10 * step + 10)
+        arguments: dict[str, Callable[[], tuple[Any, ...]]] = {
+            "add": lambda: (Q,), "add_with_ids": lambda: (Q[:2], [7000 - 2 * step, 6999 - 2 * step]),
+            "remove_ids": lambda: (gone,), "update_vectors": lambda: (gone, np.zeros((10, D))),
+            "merge_from": lambda: (filled(kind, 30), 1000 * (step + 1)), "reset": tuple,
+        }  # fmt: skip
+        getattr(index, change)(*arguments[change]())
+        return tables_of(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index.codec, "tables_of", changing)
+        comp = index.search(Q, n + 50)
+    assert next(steps) == len(Q)
+    for a, b in zip(comp, ref, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (index.search(Q, n + 50)[0] != ref[0]).any()
+
+
+def test_searches_during_changes(kind: str) -> None:
+    """Threads that search while one adds and removes: each answer is that of some state in between, whole."""
+    x = vectors(1500)
+    codes = CODECS[4].compute_codes(x)
+    tables = CODECS[4].compute_distance_tables(Q)
+    distances = np.stack([(t[0, codes[:, 0]] + t[1, codes[:, 1]]) + t[2, codes[:, 2]] for t in tables])
+    index, done = empty(kind), threading.Event()
+    failures: list[object] = []
+    seen: set[int] = set()
+
+    def search() -> None:
+        while not done.is_set():
+            D_, I = index.search(Q, 2000)
+            held = [np.sort(row[row >= 0]) for row in I]
+            ids = held[0]
+            # the first so many, with or without the even ones
+            states = (np.arange(len(ids)), np.arange(1, 2 * len(ids), 2))
+            if not any(np.array_equal(ids, state) for state in states) or any(not np.array_equal(ids, other) for other in held):
+                failures.append(ids)
+            for q in range(len(Q)):
+                if not np.array_equal(D_[q, : len(ids)], distances[q, I[q, : len(ids)]]):
+                    failures.append(q)
+            seen.add(len(ids))
+
+    threads = [threading.Thread(target=search) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(4):
+        index.reset()
+        for start in range(0, len(x), 50):
+            index.add(x[start : start + 50])
+        index.remove_ids(np.arange(0, len(x), 2))
+    done.set()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not failures
+    assert len(seen) > 2
 
 
 # ------------------------------------------------------------------------------------------------ memory

@@ -598,25 +598,6 @@ def test_searches_of_several_python_threads_at_once() -> None:
     assert not failures
 
 
-@pytest.mark.parametrize("ntotal", [10, 64, 300])
-def test_a_search_sees_one_state_of_the_index(ntotal: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another thread may add while a search runs, here between two of its tasks: all its queries see what it began with."""
-    hyperfaiss.set_num_threads(1)
-    monkeypatch.setattr(hyperfaiss.search, "_TABLE_BYTES", 1)  # a task for each query
-    index, x = random_index(ntotal), tangents(5, 12)
-    ref = index.search(x, ntotal + 50)
-    tables_of = index.codec.tables_of
-
-    def adding(*args: Any) -> np.ndarray:
-        index.add_sa_codes(np.zeros((20, 2), np.uint8))
-        return tables_of(*args)
-
-    monkeypatch.setattr(index.codec, "tables_of", adding)
-    comp = index.search(x, ntotal + 50)
-    assert index.ntotal == ntotal + 100
-    assert_same_bits(comp, ref)
-
-
 def test_memory_of_a_search_is_bounded(python: Python) -> None:
     """12,000 queries at M = 16 would need 200 MB of tables at once."""
     script = """

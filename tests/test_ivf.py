@@ -161,6 +161,23 @@ def test_any_split_gives_the_same_bits(threads: int, monkeypatch: pytest.MonkeyP
         assert_same(ivf.search_preassigned(x, 20, ivf._closest(x, 7)), ref)
 
 
+def test_the_quantizer_is_asked_about_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few that FAISS compares them one by one: the bits of its matrix products depend on the other rows."""
+    assert faiss.cvar.distance_compute_blas_threshold > hyperfaiss.ivf._TOGETHER
+    _, ivf = pair(10)
+    asked: list[int] = []
+    search = faiss.IndexFlatL2.search
+    monkeypatch.setattr(
+        faiss.IndexFlatL2,
+        "search",
+        lambda index, x, *args, **options: asked.append(len(x)) or search(index, x, *args, **options),
+    )
+    ivf.add(tangents(1000, 12))
+    ivf.search(tangents(1000, 12), 3)
+    assert max(asked) == hyperfaiss.ivf._TOGETHER
+    assert sum(asked) == 2000
+
+
 def test_quantizer_parameters_are_passed_on() -> None:
     """A wider search of the HNSW graph finds the nearest lists that a narrow one misses."""
     flat, ivf = pair(3000, nlist=300, kind="hnsw")
@@ -262,13 +279,15 @@ def test_adding_one_by_one_is_not_quadratic() -> None:
     rng = np.random.default_rng(0)
     lists = rng.integers(1000, size=20_000).astype("<u2").view(np.uint8).reshape(-1, 2)
     codes = np.concatenate([lists, rng.integers(256, size=(20_000, 8), dtype=np.uint8)], axis=1)
-    costs = []
+    costs, capacities = [], set()
     for start in range(0, 20_000, 100):
         begin = time.perf_counter()
         for row in range(start, start + 100):
             index.add_sa_codes(codes[row : row + 1])
         costs.append(time.perf_counter() - begin)
+        capacities.add(len(index._store._state.arena.blocks))
     assert index.ntotal == 20_000
+    assert len(capacities) < 40
     assert np.median(costs[-20:]) < 4 * np.median(costs[10:30])
     assert index._store.nbytes < 20_000 * 16 + 1000 * 64 * 17 + (4 << 16)
 
@@ -481,35 +500,6 @@ def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
         assert out.out == ""
         for words in ("k-means of the lists", "hyperbolic k-means", "assigning to lists"):
             assert (words in out.err) == verbose
-
-
-def test_a_search_sees_one_state_of_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another thread may add while a search runs, here between two of its tasks: all its queries see what it began with."""
-    hyperfaiss.set_num_threads(1)
-    monkeypatch.setattr(hyperfaiss.search, "_TABLE_BYTES", 1)  # a task for each query
-    _, index = pair(100)
-    x = tangents(5, 12)
-    index.nprobe = 5
-    for change, after in (("add", 200), ("remove", 100), ("update", 100)):
-        ref = index.search(x, 150)
-        tables_of, calls = index.codec.tables_of, []
-
-        def changing(*args: Any, change: str = change, tables_of: Any = tables_of, calls: Any = calls) -> np.ndarray:
-            calls.append(args)
-            if change == "add":
-                index.add_sa_codes(np.zeros((20, 3), np.uint8))
-            elif change == "remove":
-                index.remove_ids(np.arange(20 * len(calls), 20 * len(calls) + 20))
-            elif len(calls) == 1:
-                index.update_vectors(index.ids[::2], np.zeros((50, 12)))
-            return tables_of(*args)  # type: ignore[no-any-return]
-
-        monkeypatch.setattr(index.codec, "tables_of", changing)
-        comp = index.search(x, 150)
-        monkeypatch.setattr(index.codec, "tables_of", tables_of)
-        assert index.ntotal == after
-        assert_same(comp, ref)
-        assert (index.search(x, 150)[0] != ref[0]).any()
 
 
 LONG_CALLS = """
