@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -45,8 +45,8 @@ class Engine(Protocol):
 
     def search(
         self, shards: Sequence[Shard], batches: Iterator[Batch], k: int, nprobe: int | None, advance: Advance
-    ) -> Iterator[Found]:
-        """The k nearest of each batch of queries, in the order of the batches."""
+    ) -> Generator[Found, None, None]:
+        """The k nearest of each batch of queries, in the order of the batches; to be closed if it is not read to its end."""
 
 
 class LocalEngine:
@@ -68,7 +68,7 @@ class LocalEngine:
 
     def search(
         self, shards: Sequence[Shard], batches: Iterator[Batch], k: int, nprobe: int | None, advance: Advance
-    ) -> Iterator[Found]:
+    ) -> Generator[Found, None, None]:
         """The k nearest of each batch, shard after shard, while the next batch is read."""
         for batch in prefetch(batches):
             progress = partial(advance, (batch.stop - batch.first) / len(shards))

@@ -122,8 +122,8 @@ class _Neighbours:
 
 def _common(found: IntArray, true: IntArray) -> int:
     """How many ids of each row of one matrix are in the same row of the other, summed; −1 is nobody."""
-    _, numbers = np.unique(np.concatenate([found, true], axis=1), return_inverse=True)
-    numbers = numbers.astype(np.int64).reshape(len(found), found.shape[1] + true.shape[1])
+    both = np.concatenate([found, true], axis=1)
+    numbers = np.unique(both, return_inverse=True)[1].reshape(both.shape).astype(np.int64)
     # One number for (row, id), so that one call compares all rows.
     keys = numbers + np.arange(len(found))[:, None] * (int(numbers.max(initial=0)) + 1)
     return int(np.isin(keys[:, : found.shape[1]][found >= 0], keys[:, found.shape[1] :][true >= 0]).sum())
@@ -154,7 +154,7 @@ class _Labels:
 
     def score(self, first: int, hits: Hits, lengths: Sequence[int]) -> list[tuple[str, float]]:
         found = hits.I >= 0
-        same = np.zeros(hits.I.shape, bool)
+        same: npt.NDArray[np.bool_] = np.zeros(hits.I.shape, bool)
         wanted = np.broadcast_to(self._asked[first : first + len(found), None], found.shape)
         same[found] = self._base[self._rows(hits, found)] == wanted[found]
         counts = same.cumsum(axis=1)

@@ -78,6 +78,7 @@ def list_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     found: dict[str, File] = {}
     for path in given:
         fs, root = file_system(os.fspath(path))
+        fs.invalidate_cache()  # what this process listed last night is not what is there now
         if fs.isdir(root):
             infos = _below(fs, root, suffixes)
         elif fs.exists(root):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -92,12 +93,12 @@ def search(
         Bar("search", source.n, source.n - job.rows(ranges), shown=progress) as bar,
     ):
         batches = _batches(source, ((number, *ranges[number]) for number in job.todo), block_rows)
-        found = runner.search(shards, batches, k, nprobe, bar.advance)
-        for number in job.todo:
-            hits = _gather(found, ranges[number][1], k)
-            if shards[0].keys is not None:
-                hits = hits._replace(keys=reader.keys(shards, hits.I))
-            write_part(folder, stems[number], format, hits)
+        with contextlib.closing(runner.search(shards, batches, k, nprobe, bar.advance)) as found:
+            for number in job.todo:
+                hits = _gather(found, ranges[number][1], k)
+                if shards[0].keys is not None:
+                    hits = hits._replace(keys=reader.keys(shards, hits.I))
+                write_part(folder, stems[number], format, hits)
         lengths = part_lengths(folder, stems, format)
         details = {"queries": int(sum(lengths)), "shards": len(shards), "vectors": sum(shard.ntotal for shard in shards)}
         return job.finish(source.n, job.rows(ranges), details, {"rows": lengths, "keyed": shards[0].keys is not None})
