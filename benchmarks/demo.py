@@ -3,10 +3,12 @@
     python -m benchmarks.demo --data digits
     python -m benchmarks.demo --data path/to/folder --backbone resnet50 --bits 32
 
-Images go through a frozen backbone; each class gives some queries, the rest is the database, and (part of) it is what HiHPQ
-learns from, without labels. Prints MAP, queries per second and bytes per vector; draws queries with their neighbours, and
-the training curves. The vectors that faiss gets are the backbone's features, centred and L2-normalised, and it trains on the
-whole database; times include the projection (ours) and the rotation (OPQ).
+Images go through a frozen backbone; each class gives some queries, the rest is the database. HiHPQ learns from it without
+labels: from all of it where pixels are the features, from 500 images a class where a network has to see every view. A view of
+an image is an augmented one; among many images of pixels, where every image has near neighbours, it is a neighbour. Prints
+MAP, queries per second and bytes per vector; draws queries with their neighbours, and the training curves. The vectors that
+faiss gets are the backbone's features, centred and L2-normalised, and it trains on the whole database (OPQ's rotation on
+16,384 vectors of it); times include the projection (ours) and the rotation (OPQ).
 """
 
 from __future__ import annotations
@@ -20,26 +22,33 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from hyperfaiss import HyperbolicPQIndex, HyperfaissError, Model
 from training.backbones import load_backbone
-from training.config import recipe
+from training.cache import cache_features, cache_views
+from training.config import TrainConfig, recipe
 from training.data import ImageSet, Split, load_images, split_protocol
 from training.evaluate import Evaluation, evaluate_index
 from training.export import export
 from training.train import train
-from training.views import CachedViews, cache_features, cache_views
+from training.views import CachedViews, EmbeddingViews, ViewSource
 
 FloatArray = npt.NDArray[np.float32]
 
 # Datasets of small grey images need no backbone: their pixels, at this size, are the features.
 PIXELS = {"digits": 8, "fashion-mnist": 28, "mnist": 28}
-# Training steps that even the smallest data get.
-MIN_STEPS = 400
-# Baselines rotate to this many dimensions a subspace.
-OPQ_DSUB = 16
+# Training steps: a small set takes more epochs than the recipe's to as many, a large one fewer.
+MIN_STEPS, MAX_STEPS = 400, 3300
+# Training images of a class that go through a network; pixel images from which on neighbours serve as views.
+NETWORK_IMAGES, MANY_IMAGES = 500, 20_000
+# Baselines rotate to this many dimensions a subspace, and learn the rotation from at most so many vectors.
+OPQ_DSUB, OPQ_VECTORS = 16, 16_384
+# The drawing: sides in pixels, and colours.
+TILE, FRAME, GAP = 80, 4, 6
+WHITE, GREEN, RED = (255, 255, 255), (27, 158, 63), (214, 39, 40)
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ def _opq(database: FloatArray, M: int) -> Any:
     rotation = faiss.OPQMatrix(d, M, min(d - d % M, M * OPQ_DSUB))
     index, learner = (faiss.IndexPQ(rotation.d_out, M, 8) for _ in range(2))
     index.pq.cp.min_points_per_centroid = learner.pq.cp.min_points_per_centroid = 1  # small databases are fine here
-    rotation.pq = learner.pq
+    rotation.pq, rotation.max_train_points = learner.pq, OPQ_VECTORS
     rotation.train(database)
     rotation.pq = None  # it does not own the learner, which ends here
     return faiss.IndexPreTransform(rotation, index)
@@ -112,42 +121,33 @@ def draw_neighbours(job: Job, index: HyperbolicPQIndex, path: Path, *, rows: int
     by_class = [query[labels[query] == c][0] for c in np.unique(labels[query])]
     shown = np.array(by_class[:rows]) if len(by_class) >= min(rows, len(query)) else shown
     _, I = index.search(job.features[shown], neighbours)  # noqa: E741
-    figure = Figure(figsize=(neighbours + 1.6, len(shown) * 1.08 + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(shown), neighbours + 1, squeeze=False)
+    side, frame, gap = TILE + 2 * FRAME, FRAME, GAP
+    # One picture of all tiles: an axes for each would take matplotlib seconds.
+    sheet = np.full((len(shown) * (side + gap), (neighbours + 1) * (side + gap), 3), 255, np.uint8)
     for row, item in enumerate(shown):
-        _show(axes[row, 0], job, int(item), None)
-        axes[row, 0].set_ylabel(job.images.class_names[labels[item]], fontsize=9)
-        for column, position in enumerate(I[row], start=1):
-            if position < 0:
-                axes[row, column].set_axis_off()
+        for column, position in enumerate([-1, *I[row]]):
+            if column and position < 0:
                 continue
-            found = int(database[position])
-            _show(axes[row, column], job, found, "#1b9e3f" if labels[found] == labels[item] else "#d62728")
-    axes[0, 0].set_title("query", fontsize=9)
-    for column in range(1, neighbours + 1):
-        axes[0, column].set_title(str(column), fontsize=9)
-    figure.savefig(path, dpi=110)
-
-
-def _show(axes: Any, job: Job, item: int, frame: str | None) -> None:
-    image = job.images.image(item)
-    axes.imshow(np.asarray(image), cmap="gray" if image.mode == "L" else None, interpolation="nearest", aspect="equal")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(frame is not None)
-        spine.set_edgecolor(frame or "white")
-        spine.set_linewidth(3)
-
-
-def per_class(counts: npt.NDArray[np.int64], queries: int | None, train_images: int | None) -> tuple[int, int | None]:
-    """Queries and training images of each class: what was asked for, else a sixth (at most 100) and at most 500."""
-    smallest = int(counts.min())
-    queries = queries if queries is not None else max(1, min(100, smallest // 6))
-    if train_images is None and smallest - queries > 500:
-        train_images = 500
-    return queries, train_images
+            number = int(item if column == 0 else database[position])
+            colour = WHITE if column == 0 else GREEN if labels[number] == labels[item] else RED
+            tile = sheet[row * (side + gap) :][:side, column * (side + gap) :][:, :side]
+            tile[:] = colour
+            image = job.images.image(number).convert("RGB")
+            small = max(image.size) < TILE
+            resized = image.resize((TILE, TILE), Image.Resampling.NEAREST if small else Image.Resampling.BILINEAR)
+            tile[frame:-frame, frame:-frame] = np.asarray(resized)
+    figure = Figure(figsize=(sheet.shape[1] / 100 + 1.4, sheet.shape[0] / 100 + 0.4), dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes(
+        (1.3 / figure.get_figwidth(), 0, sheet.shape[1] / 100 / figure.get_figwidth(), 1 - 0.4 / figure.get_figheight())
+    )
+    axes.imshow(sheet, interpolation="nearest", aspect="equal")
+    axes.xaxis.tick_top()
+    axes.set_xticks(side / 2 + (side + gap) * np.arange(neighbours + 1), ["query", *map(str, range(1, neighbours + 1))])
+    axes.set_yticks(side / 2 + (side + gap) * np.arange(len(shown)), [job.images.class_names[labels[i]] for i in shown])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.savefig(path)
 
 
 def prepare(data: str, backbone_name: str | None, image_size: int | None, queries: int | None, train_images: int | None,
@@ -158,10 +158,32 @@ def prepare(data: str, backbone_name: str | None, image_size: int | None, querie
         raise HyperfaissError(f"{data} has no labels to measure MAP with: give it one folder for each class")
     name = backbone_name or ("pixels" if data in PIXELS else "efficientnet-lite0")
     backbone = load_backbone(name, image_size=image_size or PIXELS.get(data))
-    queries, train_images = per_class(np.bincount(images.labels), queries, train_images)
     split = split_protocol(images.labels, queries_per_class=queries, train_per_class=train_images)
+    smallest = np.unique(images.labels[split.train], return_counts=True)[1].min()
+    if train_images is None and name != "pixels" and smallest > NETWORK_IMAGES:
+        split = split_protocol(images.labels, queries_per_class=queries, train_per_class=NETWORK_IMAGES)
     features = np.asarray(cache_features(images, backbone, cache))
     return Job(images, features, split, n_results or (1000 if len(split.database) >= 10_000 else 100)), backbone
+
+
+def fitted(config: TrainConfig, n: int, epochs: int | None) -> TrainConfig:
+    """The recipe for n training images: as many epochs as were asked for or make enough steps; warm-ups at most a share."""
+    if epochs is None:
+        low, high = (steps * config.batch_size // n for steps in (MIN_STEPS, MAX_STEPS))
+        epochs = max(1, low, min(high, config.epochs))
+    return config.replace(epochs=epochs, warmup=min(config.warmup, epochs // 3), lr_warmup=min(config.lr_warmup, epochs / 8))
+
+
+def views_of(job: Job, backbone: Any, cache: Path, count: int | None, neighbours: int, seed: int) -> ViewSource:
+    """What HiHPQ learns from: augmented views of the training images, or vectors and their neighbours."""
+    features, config = job.features[job.split.train], recipe()
+    shown: dict[str, Any] = {"neighbours": min(neighbours, len(features) - 1), "neighbour_power": config.power}
+    if count is None:
+        count = 0 if backbone.name == "pixels" and len(features) >= MANY_IMAGES else 10
+    if not count:
+        return EmbeddingViews(features, dropout=config.dropout, **shown)
+    views = cache_views(job.images.subset(job.split.train), backbone, cache, views=count, seed=seed)
+    return CachedViews(features, views, **shown)
 
 
 def main(
@@ -172,12 +194,19 @@ def main(
     bits: Annotated[list[int] | None, typer.Option(help="bits of a code; repeat for several [default: 16 32 64]")] = None,
     backbone: Annotated[str | None, typer.Option(help="default: pixels for small grey images, else efficientnet-lite0")] = None,
     image_size: Annotated[int | None, typer.Option(help="side of the images that the backbone sees")] = None,
-    cached_views: Annotated[int, typer.Option(help="augmented views of each training image")] = 10,
+    cached_views: Annotated[
+        int | None,
+        typer.Option(help="augmented views of each training image; 0: neighbours alone [default: 10, of many pixels 0]"),
+    ] = None,
     neighbours: Annotated[int, typer.Option(help="the second view shows one of so many nearest neighbours")] = 10,
     queries_per_class: Annotated[int | None, typer.Option(help="default: a sixth of the smallest class, at most 100")] = None,
-    train_per_class: Annotated[int | None, typer.Option(help="default: all but the queries, at most 500")] = None,
+    train_per_class: Annotated[
+        int | None, typer.Option(help="default: all but the queries; through a network at most 500")
+    ] = None,
     n: Annotated[int | None, typer.Option(help="MAP@N [default: 1000 for 10,000 images or more, else 100]")] = None,
-    epochs: Annotated[int | None, typer.Option(help="of training [default: the recipe's, more for few images]")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="of training [default: the recipe's; more for few images, fewer for many]")
+    ] = None,
     seed: int = 0,
 ) -> None:
     """Train HiHPQ on images, build an index, and compare it with faiss at the same bits."""
@@ -186,20 +215,16 @@ def main(
     sizes = bits or [16, 32, 64]
     try:
         job, extractor = prepare(data, backbone, image_size, queries_per_class, train_per_class, n, out / "cache")
-        train_images = job.images.subset(job.split.train)
-        views = cache_views(train_images, extractor, out / "cache", views=cached_views, seed=seed)
-        source = CachedViews(job.features[job.split.train], views, neighbours=min(neighbours, len(train_images) - 1))
+        source = views_of(job, extractor, out / "cache", cached_views, neighbours, seed)
         console.print(
             f"{job.images.name}: {len(job.split.train):,} training images, {len(job.split.database):,} in the database, "
             f"{len(job.split.query):,} queries; features: {extractor.name}, {extractor.d_out} dimensions"
         )
         results = baselines(job, sizes)
         for b in sizes:
-            config = recipe(bits=b, seed=seed)
-            # A small set has few batches: it takes more epochs to as many steps.
-            enough = max(config.epochs, MIN_STEPS * config.batch_size // len(train_images))
             run = out / f"{b}bits"
-            train(source, config.replace(epochs=epochs or enough), run, backbone=extractor.name, resume=True)
+            config = fitted(recipe(bits=b, seed=seed), source.n, epochs)
+            train(source, config, run, backbone=extractor, resume=True)
             export(run, run / "model.safetensors")
             index = HyperbolicPQIndex.from_model(Model.load(run / "model.safetensors"))
             index.add(job.features[job.split.database])

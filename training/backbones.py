@@ -25,12 +25,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hyperfaiss.errors import CorruptFileError, InvalidParameterError, InvalidVectorsError
+from hyperfaiss.model import Model
 from training.data import ImageSet
+from training.terminal import progress_bar
 
 Pixels = npt.NDArray[np.uint8]
 Features = npt.NDArray[np.float32]
@@ -98,6 +99,10 @@ class Backbone:
             h.update(value.detach().cpu().contiguous().numpy().data)
         return h.hexdigest()
 
+    def facts(self) -> dict[str, Any]:
+        """What a model of its features must say of it, so that others can make the same: JSON-able."""
+        return {"image_size": self.image_size, "fingerprint": self.fingerprint(), "trained": self.trainable}
+
 
 def load_backbone(
     name: str,
@@ -138,6 +143,33 @@ def load_backbone(
         mean, std = tuple(preset.mean), tuple(preset.std)
     module = _PartlyTrainable(net, trainable)
     return Backbone(name, d_out, size, mean, std, module, trainable is not False)
+
+
+def backbone_of(model: Model, *, weights: str | os.PathLike[str] | None = None, image_size: int | None = None) -> Backbone:
+    """The frozen backbone whose features an exported model takes.
+
+    Args:
+        weights: as for `load_backbone`; needed if the model was trained with such a file.
+        image_size: by default what the model was trained with.
+
+    Raises:
+        InvalidParameterError: a model of embeddings, or of a backbone that was trained along, whose weights a model file
+            does not hold; weights or an image size other than the model's; what load_backbone raises.
+    """
+    if model.backbone is None:
+        raise InvalidParameterError("the model takes embeddings, no backbone's features of images")
+    facts = model.metadata.get("features") or {}
+    if facts.get("trained"):
+        raise InvalidParameterError(
+            f"{model.backbone} was trained along with the model, whose file does not hold its weights: give its vectors"
+        )
+    backbone = load_backbone(model.backbone, weights=weights, image_size=image_size or facts.get("image_size"))
+    if facts and backbone.fingerprint() != facts.get("fingerprint"):
+        raise InvalidParameterError(
+            f"the model was trained on features of {model.backbone} with other weights or at another size than "
+            f"{backbone.image_size} (its own: {facts.get('image_size')})"
+        )
+    return backbone
 
 
 class _PartlyTrainable(nn.Module):
@@ -471,20 +503,3 @@ def extract_features(
             out[first : first + len(block)] = block
             done(first + len(block))
     return out
-
-
-@contextmanager
-def progress_bar(title: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """A progress bar with an ETA on stderr; call what it gives with the number of items done."""
-    from rich.console import Console
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done: bar.update(task, completed=done)

@@ -29,6 +29,7 @@ class Checkpoint:
     """A model in training.
 
     config, d_in : what it takes to build the model; backbone : its name, or None for embeddings.
+    features : what else is known of the backbone that made the features (see ``Backbone.facts``).
     model : state dict without frozen backbone weights.
     epoch : number of finished epochs; step : of finished steps in the next one.
     history : a row per finished epoch (see ``TrainResult``).
@@ -48,6 +49,7 @@ class Checkpoint:
     optimizer: dict[str, Any] | None = None
     sums: list[float] | None = None
     data: str | None = None
+    features: dict[str, Any] | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it, all or nothing."""

@@ -16,6 +16,8 @@ from hyperfaiss.errors import HyperfaissError, InvalidParameterError, InvalidVec
 from training.config import RECIPES, TrainConfig, recipe
 
 if TYPE_CHECKING:
+    from hyperfaiss.model import Model
+    from training.backbones import Backbone
     from training.views import ViewSource
 
 __all__ = ["app"]
@@ -90,16 +92,14 @@ def train(
     with _errors():
         config = _config(out, recipe_name, bits, seed, changes or [], resume=resume)
         if embeddings is not None:
-            source, y = _embeddings(embeddings, labels, config)
-            name = None
+            source, y, network = *_embeddings(embeddings, labels, config), None
         else:
-            source, y = _images(
+            source, y, network = _images(
                 str(data), split, backbone, weights, image_size, trainable, cached_views, cache or out / "cache", device, config
             )
-            name = backbone
         from training.train import train as run
 
-        result = run(source, config, out, labels=y, backbone=name, resume=resume, device=device)
+        result = run(source, config, out, labels=y, backbone=network, resume=resume, device=device)
         row = result.history[result.best_epoch - 1]
         quality = f", validation MAP {100 * row['val_map']:.1f} %" if row["val_map"] is not None else ""
         typer.echo(f"kept epoch {result.best_epoch} of {len(result.history)}: loss {row['total']:.3f}{quality}")
@@ -127,30 +127,47 @@ def export(
 @app.command(name="eval", short_help="Mean average precision and speed of a model.")
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The model file.")],
-    database: Annotated[Path, _option("FILE", "Vectors to search: .npy, .npz or Parquet.")],
-    database_labels: Annotated[str, _option("FILE|NAME", "Their labels: a .npy file, or an array or column of FILE.")],
-    queries: Annotated[Path, _option("FILE", "Vectors to search with.")],
-    query_labels: Annotated[str, _option("FILE|NAME", "Their labels.")],
+    database: Annotated[Path | None, _option("FILE", "Vectors to search: .npy, .npz or Parquet.")] = None,
+    database_labels: Annotated[str | None, _option("FILE|NAME", "Their labels: .npy, or an array or column of FILE.")] = None,
+    queries: Annotated[Path | None, _option("FILE", "Vectors to search with.")] = None,
+    query_labels: Annotated[str | None, _option("FILE|NAME", "Their labels.")] = None,
+    data: Annotated[str | None, _option("DIR|NAME", "Images to search: a folder of class folders, or digits, ...")] = None,
+    split: Annotated[str, _option("PART", "Part of them: train, test or all.")] = "all",
+    query_split: Annotated[str | None, _option("PART", "Part to search with (default: drawn from each class).")] = None,
+    queries_per_class: Annotated[int | None, _option("Q", "How many (default: a sixth, at most 100).", min=1)] = None,
+    weights: Annotated[Path | None, _option("FILE", "The backbone's weights, in place of the usual ones.")] = None,
+    image_size: Annotated[int | None, _option("S", "Side of the images (default: as in training).")] = None,
+    cache: Annotated[Path | None, _option("DIR", "Where features are kept, such as RUN/cache (default: nowhere).")] = None,
+    device: Annotated[str, _option("NAME", "Where the backbone computes: cpu or cuda.")] = "cpu",
     n: Annotated[int, _option("N", "Length of the result lists.", "-n", min=1)] = 1000,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """\b
     hihpq eval x.safetensors --database db.npy --database-labels y.npy --queries q.npy --query-labels yq.npy
+    hihpq eval y.safetensors --data path/to/images --split train --query-split test
 
-    Mean average precision at N and speed of a model's index.
+    Mean average precision at N and speed of a model's index. Give vectors, or --data.
     """
+    _only_one(database=database, data=data)
+    of_vectors = database_labels, queries, query_labels
+    of_images = query_split, queries_per_class, weights, image_size, cache
+    if database is not None and None in of_vectors:
+        raise typer.BadParameter("--database needs --database-labels, --queries and --query-labels")
+    if any(value is not None for value in (of_images if database is not None else of_vectors)):
+        raise typer.BadParameter("options of images go with --data, those of vectors with --database")
+    if query_split is not None and queries_per_class is not None:
+        raise typer.BadParameter("give --query-split or --queries-per-class, not both")
     with _errors():
         from hyperfaiss.model import Model
-        from training.data import load_embeddings
         from training.evaluate import evaluate_model
 
         loaded = Model.load(model)
-        base, asked = load_embeddings(database, database_labels), load_embeddings(queries, query_labels)
-        if base.labels is None or asked.labels is None:
-            raise InvalidVectorsError("both sets need labels")
-        # Labels by name are numbered by each file for itself.
-        y, yq = (_by_name(found) for found in (base, asked))
-        figures = evaluate_model(loaded, base.vectors, asked.vectors, y, yq, n).to_dict()
+        if data is not None:
+            found = _labelled_images(loaded, data, split, query_split, queries_per_class, weights, image_size, cache, device)
+        else:
+            found = *_labelled(database, database_labels), *_labelled(queries, query_labels)
+        x, y, xq, yq = found
+        figures = evaluate_model(loaded, x, xq, y, yq, n).to_dict()
     if as_json:
         typer.echo(json.dumps(figures))
         return
@@ -158,13 +175,59 @@ def evaluate(
     table.add_row(f"MAP@{figures['n']}", f"{100 * figures['map_at_n']:.2f} %")
     table.add_row("queries per second", f"{figures['queries_per_second']:,.0f}")
     table.add_row("bytes per vector", f"{loaded.codec.code_size}")
+    table.add_row("queries, database", f"{figures['queries']:,}, {figures['database']:,}")
     Console().print(table)
 
 
-def _by_name(found: Any) -> Any:
-    """Labels (n,) of an EmbeddingSet that compare across files: class names where there are any."""
+def _labelled(path: Any, labels: Any) -> tuple[Any, Any]:
+    """Vectors (n, d) of a file and their labels (n,)."""
+    from training.embeddings import load_embeddings
+
+    found = load_embeddings(path, labels)
+    return found.vectors, _by_name(found, path)
+
+
+def _labelled_images(
+    model: Model,
+    data: str,
+    split: Any,
+    query_split: Any,
+    queries_per_class: int | None,
+    weights: Path | None,
+    image_size: int | None,
+    cache: Path | None,
+    device: str,
+) -> tuple[Any, Any, Any, Any]:
+    """Features and labels of a database of images, then those of the queries."""
     import numpy as np
 
+    from training.backbones import backbone_of, extract_features
+    from training.cache import cache_features
+    from training.data import load_images, split_protocol
+
+    images = load_images(data, split=split)
+    y = _by_name(images, data)
+    asked = None if query_split is None else load_images(data, split=query_split)
+    backbone = backbone_of(model, weights=weights, image_size=image_size)
+
+    def features(of: Any) -> Any:
+        if cache is None:
+            return extract_features(backbone, of, device=device)
+        return np.asarray(cache_features(of, backbone, cache, device=device))
+
+    if asked is not None:
+        return features(images), y, features(asked), _by_name(asked, data)
+    drawn = split_protocol(np.unique(y, return_inverse=True)[1], queries_per_class=queries_per_class)
+    x = features(images)
+    return x[drawn.database], y[drawn.database], x[drawn.query], y[drawn.query]
+
+
+def _by_name(found: Any, where: Any) -> Any:
+    """Labels (n,) that compare across files and folders, each of which numbers its classes for itself: names, if there are."""
+    import numpy as np
+
+    if found.labels is None:
+        raise InvalidVectorsError(f"{where} has no labels to measure MAP with")
     return np.asarray(found.class_names)[found.labels] if found.class_names else found.labels
 
 
@@ -191,7 +254,7 @@ def _config(out: Path, name: str, bits: int | None, seed: int | None, changes: l
 
 
 def _embeddings(path: Path, labels: str | None, config: TrainConfig) -> tuple[ViewSource, Any]:
-    from training.data import load_embeddings
+    from training.embeddings import load_embeddings
     from training.views import EmbeddingViews
 
     found = load_embeddings(path, labels)
@@ -199,6 +262,7 @@ def _embeddings(path: Path, labels: str | None, config: TrainConfig) -> tuple[Vi
         found.vectors,
         neighbours=min(config.neighbours, len(found.vectors) - 1),
         neighbour_probability=config.neighbour_probability,
+        neighbour_power=config.power,
         dropout=config.dropout,
         noise=config.noise,
         mixup=config.mixup,
@@ -217,10 +281,12 @@ def _images(
     cache: Path,
     device: str,
     config: TrainConfig,
-) -> tuple[ViewSource, Any]:
+) -> tuple[ViewSource, Any, Backbone]:
+    """Views of images, their labels (n,) or None, and what makes their features."""
     from training.backbones import load_backbone
+    from training.cache import cache_features, cache_views
     from training.data import load_images
-    from training.views import CachedViews, ImageViews, cache_features, cache_views
+    from training.views import CachedViews, ImageViews
 
     if split not in ("train", "test", "all"):
         raise InvalidParameterError(f"split must be train, test or all, got {split!r}")
@@ -229,10 +295,14 @@ def _images(
     network = load_backbone(
         backbone, weights=weights, image_size=image_size, trainable=trainable == "all" or trainable or False
     )
-    k, probability = min(config.neighbours, images.n - 1), config.neighbour_probability
+    shown: Any = {
+        "neighbours": min(config.neighbours, images.n - 1),
+        "neighbour_probability": config.neighbour_probability,
+        "neighbour_power": config.power,
+    }
     if network.trainable or not cached_views:
-        source = ImageViews(images, network, neighbours=k, neighbour_probability=probability, device=device)
-        return source, images.labels
+        source = ImageViews(images, network, **shown, device=device)
+        return source, images.labels, network
     features = cache_features(images, network, cache, device=device)
     views = cache_views(images, network, cache, views=cached_views, seed=config.seed, device=device)
-    return CachedViews(features, views, neighbours=k, neighbour_probability=probability), images.labels
+    return CachedViews(features, views, **shown), images.labels, network

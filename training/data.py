@@ -1,4 +1,4 @@
-"""Data in: image collections by name or folder, matrices of embeddings, and the split that retrieval is judged on.
+"""Images in: collections by name or from a folder, and the split that retrieval is judged on.
 
 An image collection is an :class:`ImageSet`: it knows how many images it holds and their labels at once, and decodes an
 image when asked for it. Everything that reads a file says which file was wrong.
@@ -12,7 +12,6 @@ import inspect
 import os
 import struct
 import urllib.error
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +41,7 @@ FASHION_MNIST_CLASSES = (
     "Ankle boot",
 )
 IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_QUERIES_PER_CLASS = 100
 _IMAGE_ERRORS = (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError)
 
 
@@ -153,7 +153,7 @@ def from_arrays(
     """
     if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)):
         raise InvalidVectorsError(f"images must be uint8 (n, H, W) or (n, H, W, 3), got {images.dtype} {images.shape}")
-    y = None if labels is None else _checked_labels(labels, len(images))
+    y = None if labels is None else checked_labels(labels, len(images))
     names = tuple(class_names)
     if y is not None and not names:
         names = tuple(str(c) for c in range(int(y.max(initial=-1)) + 1))
@@ -263,7 +263,7 @@ def _torchvision_labels(name: str, part: Any) -> Labels:
     else:
         found = [part[i][1] for i in range(len(part))]
     try:
-        return _checked_labels(found, len(part))
+        return checked_labels(found, len(part))
     except InvalidVectorsError as e:
         raise InvalidParameterError(f"torchvision's {name} does not give one class an image: {e}") from e
 
@@ -331,163 +331,6 @@ def _as_l_or_rgb(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode in ("1", "LA") else "RGB")
 
 
-# Embeddings
-
-
-@dataclass(frozen=True)
-class EmbeddingSet:
-    """A matrix of precomputed vectors.
-
-    Attributes:
-        vectors: (n, d) float32, finite.
-        labels: (n,) int64, or None.
-        class_names: name of class c at position c; empty without labels.
-    """
-
-    name: str
-    vectors: npt.NDArray[np.float32]
-    labels: Labels | None
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.vectors)
-
-
-def load_embeddings(
-    path: str | os.PathLike[str], labels: str | os.PathLike[str] | None = None, *, column: str | None = None
-) -> EmbeddingSet:
-    """Vectors from .npy, .npz or Parquet (a file or a folder of them).
-
-    Args:
-        path: .npy (n, d); .npz with a (n, d) array; Parquet with a List or FixedSizeList column of numbers.
-        labels: the array of the .npz or the column of the Parquet file that holds the labels (numbers or strings), or
-            the path of a .npy file (n,).
-        column: which array or column holds the vectors; it may be left out when only one can.
-
-    Raises:
-        InvalidParameterError: no such file, format, array or column.
-        InvalidVectorsError: not (n, d) numbers, NaN or inf among them, or labels that do not fit.
-        CorruptFileError: a file that can't be read.
-    """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise InvalidParameterError(f"no file at {path}")
-    if path.suffix in (".npy", ".npz"):
-        x, y = _read_numpy(path, column, labels)
-    elif path.is_dir() or path.suffix in (".parquet", ".pq"):
-        x, y = _read_parquet(path, column, labels)
-    else:
-        raise InvalidParameterError(f"{path} ends in {path.suffix!r}, expected .npy, .npz or .parquet")
-    if labels is not None and y is None:
-        y = _load_npy(Path(labels).expanduser())
-    vectors = _checked_vectors(x, path)
-    if y is None:
-        return EmbeddingSet(path.stem, vectors, None, ())
-    if y.dtype.kind in "OUS":
-        names, codes = np.unique(y.astype(str), return_inverse=True)
-        return EmbeddingSet(path.stem, vectors, _checked_labels(codes, len(vectors)), tuple(names.tolist()))
-    codes = _checked_labels(y, len(vectors))
-    return EmbeddingSet(path.stem, vectors, codes, tuple(str(c) for c in range(int(codes.max(initial=-1)) + 1)))
-
-
-def _load_npy(path: Path, *, mmap: bool = False) -> npt.NDArray[Any]:
-    if not path.is_file():
-        raise InvalidParameterError(f"no labels at {path}, nor an array or a column of that name")
-    try:
-        return np.asarray(np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False))
-    except (OSError, ValueError, EOFError) as e:
-        raise CorruptFileError(f"{path} can't be read as .npy: {e}") from e
-
-
-def _read_numpy(
-    path: Path, column: str | None, labels: str | os.PathLike[str] | None
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
-    if path.suffix == ".npy":
-        if column is not None:
-            raise InvalidParameterError(f"{path} is one array and has no column {column!r}")
-        return _load_npy(path, mmap=True), None
-    try:
-        with path.open("rb") as f, np.load(f, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as e:
-        raise CorruptFileError(f"{path} can't be read as .npz: {e}") from e
-    column = _choose(path, "array", column, list(arrays), [n for n, a in arrays.items() if a.ndim == 2])
-    return arrays[column], arrays.get(os.fspath(labels)) if labels is not None else None
-
-
-def _choose(path: Path, kind: str, wanted: str | None, names: list[str], fitting: list[str]) -> str:
-    if wanted is not None:
-        if wanted not in names:
-            raise InvalidParameterError(f"{path} has no {kind} {wanted!r}; it has {', '.join(names)}")
-        return wanted
-    if len(fitting) != 1:
-        raise InvalidParameterError(f"{path}: name the {kind} of vectors; it has {', '.join(names)}")
-    return fitting[0]
-
-
-def _read_parquet(
-    path: Path, column: str | None, labels: str | os.PathLike[str] | None
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
-    try:
-        import pyarrow as pa
-        import pyarrow.dataset as ds
-    except ImportError as e:
-        raise InvalidParameterError(f"reading {path} needs pyarrow: pip install 'hyperfaiss[batch]'") from e
-    try:
-        dataset = ds.dataset(path, format="parquet")
-        is_list = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-        lists = [f.name for f in dataset.schema if any(test(f.type) for test in is_list)]
-        column = _choose(path, "column", column, dataset.schema.names, lists)
-        if column not in lists:
-            held = dataset.schema.field(column).type
-            raise InvalidParameterError(f"column {column!r} of {path} holds {held}, expected lists of numbers")
-        label_column = os.fspath(labels) if labels is not None and os.fspath(labels) in dataset.schema.names else None
-        table = dataset.to_table(columns=[column] if label_column is None else [column, label_column])
-    except (pa.ArrowInvalid, OSError) as e:
-        raise CorruptFileError(f"{path} can't be read as Parquet: {e}") from e
-    rows = [_list_rows(path, column, chunk) for chunk in table.column(column).chunks if len(chunk)]
-    widths = sorted({r.shape[1] for r in rows})
-    if len(widths) != 1:
-        raise InvalidVectorsError(f"column {column!r} of {path} holds vectors of widths {widths}, expected one width")
-    y = None if label_column is None else table.column(label_column).to_numpy()
-    return np.concatenate(rows), y
-
-
-def _list_rows(path: Path, column: str, chunk: Any) -> npt.NDArray[Any]:
-    """(rows, width) of one pyarrow chunk of lists."""
-    import pyarrow.compute as pc
-
-    values = chunk.flatten()
-    if chunk.null_count or values.null_count:
-        raise InvalidVectorsError(f"column {column!r} of {path} holds nulls, expected a vector in every row")
-    widths = pc.min_max(pc.list_value_length(chunk)).as_py()
-    if widths["min"] != widths["max"]:
-        raise InvalidVectorsError(
-            f"column {column!r} of {path} holds vectors of widths {widths['min']}..{widths['max']}, expected one width"
-        )
-    return np.asarray(values.to_numpy(zero_copy_only=False)).reshape(len(chunk), widths["min"])
-
-
-def _checked_vectors(x: npt.NDArray[Any], path: Path) -> npt.NDArray[np.float32]:
-    if x.ndim != 2 or 0 in x.shape or x.dtype.kind not in "fiu":
-        raise InvalidVectorsError(f"{path} holds {x.dtype} of shape {x.shape}, expected numbers of shape (n, d)")
-    with np.errstate(over="ignore"):  # a float64 beyond float32's range becomes inf, which the check below reports
-        vectors = np.ascontiguousarray(x, dtype=np.float32)
-    for start in range(0, len(vectors), 65536):  # in parts: a mapped file need not fit into memory
-        bad = ~np.isfinite(vectors[start : start + 65536]).all(axis=1)
-        if bad.any():
-            row = start + int(bad.argmax())
-            raise InvalidVectorsError(f"row {row} of {path} holds NaN or inf, expected finite numbers")
-    return vectors
-
-
-def _checked_labels(labels: Any, n: int) -> Labels:
-    y = np.asarray(labels)
-    if y.shape != (n,) or y.dtype.kind not in "iu":
-        raise InvalidVectorsError(f"labels must be integers of shape ({n},), got {y.dtype} of shape {y.shape}")
-    return y.astype(np.int64)
-
-
 # The split
 
 
@@ -500,7 +343,9 @@ class Split:
     database: npt.NDArray[np.int64]
 
 
-def split_protocol(labels: npt.ArrayLike, *, queries_per_class: int, train_per_class: int | None, seed: int = 0) -> Split:
+def split_protocol(
+    labels: npt.ArrayLike, *, queries_per_class: int | None = None, train_per_class: int | None = None, seed: int = 0
+) -> Split:
     """Draw queries and training items class by class; every item that is not a query is the database.
 
     The paper's protocol I is train_per_class = None (all the database trains), its protocol II a number of training
@@ -508,14 +353,17 @@ def split_protocol(labels: npt.ArrayLike, *, queries_per_class: int, train_per_c
 
     Args:
         labels: (n,) integers.
-        queries_per_class: at least 1.
-        train_per_class: at least 1, or None.
+        queries_per_class: at least 1; None for a sixth of the smallest class, but at most 100.
+        train_per_class: at least 1; None for all.
 
     Raises:
         InvalidVectorsError: labels are not (n,) integers.
         InvalidParameterError: a number below 1, or a class with fewer items than asked for.
     """
-    y = _checked_labels(labels, len(np.asarray(labels)))
+    y = checked_labels(labels, len(np.asarray(labels)))
+    if queries_per_class is None:
+        smallest = int(np.unique(y, return_counts=True)[1].min(initial=len(y)))
+        queries_per_class = max(1, min(_QUERIES_PER_CLASS, smallest // 6))
     if queries_per_class < 1 or (train_per_class is not None and train_per_class < 1):
         raise InvalidParameterError(f"need at least 1 a class: queries {queries_per_class}, training {train_per_class}")
     needed = queries_per_class + (train_per_class or 1)
@@ -537,3 +385,11 @@ def _digest(*parts: str | npt.NDArray[Any]) -> str:
     for part in parts:
         h.update(part.encode() + b"\0" if isinstance(part, str) else np.ascontiguousarray(part).data)
     return h.hexdigest()
+
+
+def checked_labels(labels: Any, n: int) -> Labels:
+    """Labels as (n,) int64; InvalidVectorsError for another shape or anything but integers."""
+    y = np.asarray(labels)
+    if y.shape != (n,) or y.dtype.kind not in "iu":
+        raise InvalidVectorsError(f"labels must be integers of shape ({n},), got {y.dtype} of shape {y.shape}")
+    return y.astype(np.int64)

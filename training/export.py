@@ -54,7 +54,8 @@ def export(
     Args:
         path: where to; None only returns the model.
         backbone: name of what made the features, if the checkpoint does not know it.
-        metadata: more JSON-able fields beside "config" and "epoch" (the log's row of the exported epoch).
+        metadata: more JSON-able fields beside "config", "epoch" (the log's row of the exported epoch) and "features"
+            (what is known of the backbone, see ``Backbone.facts``).
 
     Raises:
         FileNotFoundError, CorruptFileError, UnsupportedVersionError, FileFormatError: as Checkpoint.load.
@@ -63,7 +64,12 @@ def export(
     checkpoint = run if isinstance(run, Checkpoint) else Checkpoint.load(run)
     if backbone is not None and checkpoint.backbone not in (None, backbone):
         raise InvalidParameterError(f"the checkpoint was trained on {checkpoint.backbone!r}, not on {backbone!r}")
-    facts = {"config": checkpoint.config.to_dict(), "epoch": checkpoint.history[-1] if checkpoint.history else None}
+    facts: dict[str, Any] = {
+        "config": checkpoint.config.to_dict(),
+        "epoch": checkpoint.history[-1] if checkpoint.history else None,
+    }
+    if checkpoint.features is not None:
+        facts["features"] = checkpoint.features
     model = to_model(
         checkpoint.build(),
         checkpoint.hierarchy,

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import faiss
 import numpy as np
 import numpy.typing as npt
-from scipy.cluster.hierarchy import cut_tree
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from hyperfaiss.errors import InvalidParameterError, InvalidVectorsError
 from hyperfaiss.model import PrototypeLevel
 
-__all__ = ["Hierarchy", "build_hierarchy", "fitting_levels", "ward_linkage"]
+__all__ = ["Hierarchy", "build_hierarchy", "fitting_sizes", "ward_linkage"]
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -67,8 +68,8 @@ def build_hierarchy(vectors: npt.ArrayLike, levels: Sequence[int], *, subcluster
 
     start, counts, centroids = _subclusters(x, subclusters, seed)
     sizes = list(dict.fromkeys(min(k, len(counts)) for k in sizes))
-    # (L, number of starting clusters): cut_tree cuts where exactly k clusters are left, ties or not.
-    cuts = _cut(ward_linkage(centroids, counts), len(counts), sizes)
+    linkage = ward_linkage(centroids, counts)
+    cuts = np.stack([_cut(linkage, k) for k in sizes])  # (L, number of starting clusters)
     assignments = cuts[:, start]
     prototypes = []
     for i, k in enumerate(sizes):
@@ -81,11 +82,11 @@ def build_hierarchy(vectors: npt.ArrayLike, levels: Sequence[int], *, subcluster
     return Hierarchy(assignments, prototypes)
 
 
-def fitting_levels(levels: Sequence[int], n: int) -> tuple[int, ...]:
-    """``levels``, scaled down together when n items are too few for them: the finest gets at least 25 items a cluster."""
+def fitting_sizes(levels: Sequence[int], subclusters: int, n: int) -> tuple[tuple[int, ...], int]:
+    """``levels`` and ``subclusters``, scaled down together when n items are too few: the finest gets 25 items a cluster."""
     scale = min(1.0, n / (_ITEMS_PER_CLUSTER * levels[0]))
-    scaled = (max(2, round(k * scale)) for k in levels)
-    return tuple(dict.fromkeys(scaled))
+    scaled, start = [max(2, round(k * scale)) for k in levels], max(2, round(subclusters * scale))
+    return tuple(dict.fromkeys(scaled)), start
 
 
 def ward_linkage(centroids: npt.ArrayLike, sizes: npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -149,10 +150,14 @@ def _in_order(pairs: IntArray, heights: npt.NDArray[np.float64]) -> npt.NDArray[
     return linkage
 
 
-def _cut(linkage: npt.NDArray[np.float64], k: int, sizes: Sequence[int]) -> IntArray:
-    if k == 1:
-        return np.zeros((len(sizes), 1), np.int64)
-    return np.ascontiguousarray(cut_tree(linkage, n_clusters=list(sizes)).T, dtype=np.int64)
+def _cut(linkage: npt.NDArray[np.float64], k: int) -> IntArray:
+    """The starting clusters' labels (n,) where exactly k of the n clusters are left, ties or not."""
+    n = len(linkage) + 1
+    # Each of the first n - k merges joins two nodes in a new one; clusters are what hangs together.
+    merged = linkage[: n - k, :2].astype(np.int64).ravel()
+    unions = np.arange(n, 2 * n - k).repeat(2)
+    graph = coo_array((np.ones(len(merged), np.int8), (merged, unions)), shape=(2 * n - k, 2 * n - k))
+    return np.asarray(connected_components(graph, directed=False)[1][:n], dtype=np.int64)
 
 
 def _subclusters(x: FloatArray, k: int, seed: int) -> tuple[IntArray, npt.NDArray[np.float64], npt.NDArray[np.float64]]:

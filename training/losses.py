@@ -8,6 +8,7 @@ disagree, the docstring says which reading this is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,38 @@ __all__ = ["draw_partners", "instance_loss", "product_distance", "prototype_loss
 
 def product_distance(x: Tensor, y: Tensor, theta: Tensor) -> Tensor:
     """Geodesic distances on the product manifold (Eq. 8): points (n, M, dsub) and (k, M, dsub) to (n, k)."""
-    distances: Tensor = lorentz.pairwise_distance(x.transpose(0, 1), y.transpose(0, 1), theta)
+    squared = lorentz.pairwise_squared_distance(x.transpose(0, 1), y.transpose(0, 1), theta)
+    distances: Tensor = _Geodesic.apply(squared, theta.to(squared.dtype)[:, None, None])
     return distances.sum(0)
+
+
+class _Geodesic(torch.autograd.Function):
+    """``d = 2/√θ · asinh(√(θs)/2)`` of squared Lorentzian distances s, with its gradient in closed form.
+
+    The same numbers as :func:`hyperfaiss.lorentz.distance`, whose case distinctions autograd follows at five times the cost:
+    half the time of a training step. ``∂d/∂s = 1 / (2·√(s(1 + θs/4)))``, taken as 0 at s = 0, and
+    ``∂d/∂θ = (2s·∂d/∂s - d) / 2θ``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, squared: Tensor, theta: Tensor) -> Tensor:
+        half = theta.clamp(min=1e-12).sqrt() / 2  # at 0, a curvature too small to be told from it
+        r = squared.sqrt().mul_(half)
+        square = r * r
+        r.add_(square.div_((square + 1).sqrt_().add_(1)))  # asinh(r) = log1p(r + r² / (1 + √(1 + r²)))
+        distances = r.log1p_().div_(half)
+        ctx.save_for_backward(squared, theta, distances)
+        return distances
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        (gradient,) = gradients
+        squared, theta, distances = ctx.saved_tensors
+        twice = (squared * (theta / 4)).add_(1).mul_(squared).rsqrt_().masked_fill_(squared == 0, 0).mul_(gradient)
+        to_theta = None
+        if ctx.needs_input_grad[1]:
+            to_theta = (twice * squared - gradient * distances).sum((-2, -1), keepdim=True) / (2 * theta)
+        return twice.mul_(0.5), to_theta
 
 
 def quantized_contrastive_loss(distances: Tensor, tau_qc: float) -> Tensor:

@@ -10,20 +10,16 @@ A run's folder holds ``last.pt`` (to go on from), ``best.pt`` (to export), ``log
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import io
 import json
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,11 +30,13 @@ from torch import Tensor
 from hyperfaiss import HyperbolicPQIndex, lorentz
 from hyperfaiss.errors import HyperfaissError, InvalidParameterError, InvalidVectorsError
 from hyperfaiss.io import atomic_path
+from training.backbones import Backbone
 from training.checkpoint import Checkpoint, load_state, state_of
 from training.config import TrainConfig
 from training.evaluate import mean_average_precision
-from training.hierarchy import Hierarchy, build_hierarchy, fitting_levels
+from training.hierarchy import Hierarchy, build_hierarchy, fitting_sizes
 from training.model import BatchHierarchy, HiHPQ, Losses
+from training.terminal import deferred_signals
 
 if TYPE_CHECKING:
     from training.views import ViewSource
@@ -83,7 +81,7 @@ def train(
     out: str | os.PathLike[str] | None = None,
     *,
     labels: npt.ArrayLike | None = None,
-    backbone: str | None = None,
+    backbone: str | Backbone | None = None,
     resume: bool = False,
     device: str | torch.device = "cpu",
     progress: bool = True,
@@ -99,7 +97,7 @@ def train(
         source: the training items.
         config: default ``TrainConfig()``; on resuming, that of the checkpoint.
         out: the run's folder; None writes nothing.
-        backbone: name of what made the features, for the exported model.
+        backbone: what made the features, or its name, for the exported model.
         resume: go on from ``out/last.pt``, or start if there is none.
         device: where to compute.
         progress: show a bar on stderr, if that is a terminal.
@@ -112,7 +110,7 @@ def train(
     """
     with torch.random.fork_rng(devices=_cuda_devices(device)):
         run = _Run(source, config, out, labels, backbone, resume, torch.device(device))
-        with _deferred_signals() as interrupted, _Display(run, shown=progress) as display:
+        with deferred_signals() as interrupted, _Display(run, shown=progress) as display:
             while not run.done:
                 run.epoch(interrupted, display)
         return run.finish()
@@ -127,15 +125,19 @@ class _Run:
         config: TrainConfig | None,
         out: str | os.PathLike[str] | None,
         labels: npt.ArrayLike | None,
-        backbone: str | None,
+        backbone: str | Backbone | None,
         resume: bool,
         device: torch.device,
     ) -> None:
-        self.source, self.device, self.backbone = source, device, backbone
+        self.source, self.device = source, device
+        self.backbone = backbone.name if isinstance(backbone, Backbone) else backbone
+        self.features = backbone.facts() if isinstance(backbone, Backbone) else None
         self.out = None if out is None else Path(out)
         stored = self._stored(config, resume)
         self.config = config = stored.config if stored else config or TrainConfig()
         self.data = _fingerprint(source)
+        if stored and self.features is None:
+            self.features = stored.features
         if stored and stored.data != self.data:
             raise InvalidParameterError(f"{self.out} was trained on other data: resume with the same, or start anew")
         self.labels = _checked_labels(labels, source.n)
@@ -262,9 +264,9 @@ class _Run:
     def _cluster(self, epoch: int) -> Hierarchy:
         """The hierarchy of the training items by the model as it stands."""
         vectors = self._clipped(self._vectors()[self.train_rows])
-        levels = fitting_levels(self.config.levels, len(vectors))
+        levels, subclusters = fitting_sizes(self.config.levels, self.config.subclusters, len(vectors))
         seed = int(_rng(self.config.seed, _CLUSTER, epoch).integers(2**31))
-        return build_hierarchy(vectors, levels, subclusters=self.config.subclusters, seed=seed)
+        return build_hierarchy(vectors, levels, subclusters=subclusters, seed=seed)
 
     def _vectors(self) -> npt.NDArray[np.float32]:
         """Tangent vectors (n, d) of all items by the model as it stands, between two epochs: one pass serves both."""
@@ -320,6 +322,7 @@ class _Run:
             config=self.config,
             d_in=self.source.d_in,
             backbone=self.backbone,
+            features=self.features,
             model=state_of(self.model),
             epoch=self.finished,
             step=self.step,
@@ -479,26 +482,3 @@ def _schedule(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
 def _cuda_devices(device: str | torch.device) -> list[torch.device]:
     chosen = torch.device(device)
     return [chosen] if chosen.type == "cuda" else []
-
-
-@contextlib.contextmanager
-def _deferred_signals() -> Iterator[Callable[[], bool]]:
-    """While inside, the first SIGINT or SIGTERM only sets a flag, so that no step is cut in half; a second one acts."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    received: list[int] = []
-    former = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (the handler's signature)
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    for s in former:
-        signal.signal(s, note)
-    try:
-        yield lambda: bool(received)
-    finally:
-        for s, handler in former.items():
-            signal.signal(s, handler)

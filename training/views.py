@@ -1,22 +1,14 @@
 """Two views of each training item: what HiHPQ learns from in place of labels.
 
 A :class:`ViewSource` gives the trainer raw vectors (or images, when the backbone is trained too). Augmented images can
-be passed through a frozen backbone once and kept on disk (`cache_views`); a view may also come from one of the item's
+be passed through a frozen backbone once and kept on disk (`training.cache`); a view may also come from one of the item's
 nearest neighbours, or from noise in the space of the vectors. All randomness comes from generators that callers pass
 or seed, never from a global one, so a run can be repeated and resumed exactly.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
-import os
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -25,21 +17,10 @@ import torch
 
 from hyperfaiss.errors import InvalidParameterError, InvalidVectorsError
 from training.augment import Augmentation, augment, resolve_augmentation
-from training.backbones import (
-    Amp,
-    Backbone,
-    FeatureExtractor,
-    Features,
-    Pixels,
-    autocast_dtype,
-    best_device,
-    extract_features,
-    progress_bar,
-)
+from training.backbones import Amp, Backbone, FeatureExtractor, Features, Pixels, extract_features
 from training.data import ImageSet
 
 Indices = npt.NDArray[np.int64]
-FLUSH_SECONDS = 5.0  # the most work that a killed `cache_views` loses
 
 
 @runtime_checkable
@@ -68,213 +49,27 @@ class ViewSource(Protocol):
         ...
 
 
-# The cache on disk
-
-
-def cache_features(
-    images: ImageSet,
-    backbone: Backbone,
-    directory: str | os.PathLike[str],
-    *,
-    batch_size: int | None = None,
-    device: torch.device | str | None = None,
-    amp: Amp = "auto",
-    threads: int | None = None,
-    progress: bool = True,
-) -> Features:
-    """Un-augmented features of every image, computed once: (n, d_out) float32, a read-only memory map.
-
-    A file in `directory` holds them; its name comes from a fingerprint of the images, the backbone with its weights and
-    the size, and the precision that `amp` chose, so a change of any of these is another file. A killed run goes on
-    where it stopped.
-
-    Raises:
-        CorruptFileError: an image that can't be decoded.
-    """
-    more = {"compute": _precision(device, amp)}
-    shape = (images.n, backbone.d_out)
-    cache = _RowCache(Path(directory), "features", images, backbone, more, shape, np.dtype(np.float32))
-    cache.fill(
-        lambda row: backbone.prepare(images.image(row)),
-        lambda: FeatureExtractor(backbone, batch_size=batch_size, device=device, amp=amp, threads=threads),
-        f"{backbone.name} features of {images.name}" if progress else None,
-    )
-    return cache.open()
-
-
-def cache_views(
-    images: ImageSet,
-    backbone: Backbone,
-    directory: str | os.PathLike[str],
-    *,
-    views: int = 10,
-    augmentation: str | Augmentation | None = None,
-    seed: int = 0,
-    dtype: npt.DTypeLike = np.float16,
-    batch_size: int | None = None,
-    device: torch.device | str | None = None,
-    amp: Amp = "auto",
-    threads: int | None = None,
-    progress: bool = True,
-) -> npt.NDArray[Any]:
-    """Features of `views` augmented copies of every image, computed once: (V, n, d_out), a read-only memory map.
-
-    View v of image i depends on (seed, v, i) alone. The cache is as that of `cache_features`, its fingerprint has the
-    augmentation, the seed, V and the dtype too.
-
-    Args:
-        augmentation: a name in AUGMENTATIONS or an Augmentation; default `augmentation_for(images, backbone)`.
-        dtype: float16 (half the space, relative error 5e-4) or float32.
-
-    Raises:
-        InvalidParameterError: views < 1, a negative seed, another dtype, an unknown augmentation.
-        InvalidVectorsError: a feature that float16 can't hold.
-        CorruptFileError: an image that can't be decoded.
-    """
-    kept = np.dtype(dtype)
-    if views < 1 or seed < 0:
-        raise InvalidParameterError(f"views must be at least 1 and seed at least 0, got {views} and {seed}")
-    if kept not in (np.dtype(np.float16), np.dtype(np.float32)):
-        raise InvalidParameterError(f"dtype must be float16 or float32, got {kept}")
-    change = resolve_augmentation(augmentation, images, backbone)
-    more = {"augmentation": repr(change), "seed": seed, "dtype": kept.name, "compute": _precision(device, amp)}
-    cache = _RowCache(Path(directory), "views", images, backbone, more, (views, images.n, backbone.d_out), kept)
-
-    def load(row: int) -> Pixels:
-        v, i = divmod(row, images.n)
-        return augment(images.image(i), backbone, change, [seed, v, i])
-
-    cache.fill(
-        load,
-        lambda: FeatureExtractor(backbone, batch_size=batch_size, device=device, amp=amp, threads=threads),
-        f"{views} views of {images.name}" if progress else None,
-    )
-    return cache.open()
-
-
-def _precision(device: torch.device | str | None, amp: Amp) -> str:
-    return str(autocast_dtype(device if device is not None else best_device(), amp) or torch.float32)
-
-
-class _RowCache:
-    """A .npy file that is filled row by row, and beside it a JSON file that says of what and how far.
-
-    The JSON is replaced (never edited) after the rows that it counts are on disk, so whatever kills a run, the rows up
-    to `rows_done` are whole. One process fills a file at a time; another that wants the same waits, then finds it full.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        kind: str,
-        images: ImageSet,
-        backbone: Backbone,
-        more: dict[str, Any],
-        shape: tuple[int, ...],
-        dtype: np.dtype[Any],
-    ) -> None:
-        self.fingerprint = {
-            "format": 1,
-            "kind": kind,
-            "images": images.fingerprint,
-            "n": images.n,
-            "backbone": backbone.name,
-            "weights": backbone.fingerprint(),
-            "image_size": backbone.image_size,
-            "shape": list(shape),
-            **more,
-        }
-        digest = hashlib.blake2b(json.dumps(self.fingerprint, sort_keys=True).encode(), digest_size=6).hexdigest()
-        safe = "".join(c if c.isalnum() else "-" for c in f"{images.name}-{backbone.name}-{backbone.image_size}")
-        self.path = directory / f"{safe}-{kind}-{digest}.npy"
-        self.state_path = self.path.with_suffix(".json")
-        self.shape, self.dtype = shape, dtype
-        self.rows = int(np.prod(shape[:-1]))
-
-    def fill(self, load: Callable[[int], Pixels], extractor: Callable[[], FeatureExtractor], title: str | None) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self._rows_done() == self.rows:
-            return
-        with _locked(self.path.with_suffix(".lock")):
-            done = self._rows_done()
-            if done == self.rows:
-                return
-            rows = self._writable(new=done == 0)
-            flat = rows.reshape(self.rows, self.shape[-1])
-            saved = time.monotonic()
-            with progress_bar(title or "", self.rows, shown=title is not None) as show:
-                show(done)
-                for first, block in extractor().blocks(load, self.rows, start=done):
-                    flat[first : first + len(block)] = self._converted(first, block)
-                    done = first + len(block)
-                    show(done)
-                    if time.monotonic() - saved >= FLUSH_SECONDS:
-                        rows.flush()
-                        self._save_state(done)
-                        saved = time.monotonic()
-            rows.flush()
-            self._save_state(done)
-
-    def open(self) -> npt.NDArray[Any]:
-        return np.asarray(np.load(self.path, mmap_mode="r", allow_pickle=False))
-
-    def _converted(self, first: int, block: Features) -> npt.NDArray[Any]:
-        if self.dtype == np.float16 and np.abs(block).max() > np.finfo(np.float16).max:
-            raise InvalidVectorsError(f"a feature of row {first} or after is beyond float16; use dtype=float32")
-        return block.astype(self.dtype)
-
-    def _rows_done(self) -> int:
-        """Rows that are on disk; 0 when there is nothing to go on from."""
-        try:
-            state = json.loads(self.state_path.read_text())
-            array = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return 0
-        same = state.get("fingerprint") == self.fingerprint and array.shape == self.shape and array.dtype == self.dtype
-        done = state.get("rows_done", 0) if same else 0
-        return done if isinstance(done, int) and 0 <= done <= self.rows else 0
-
-    def _writable(self, *, new: bool) -> np.memmap[Any, Any]:
-        if not new:
-            return np.lib.format.open_memmap(self.path, mode="r+")
-        self.state_path.unlink(missing_ok=True)
-        rows = np.lib.format.open_memmap(self.path, mode="w+", dtype=self.dtype, shape=self.shape)
-        if hasattr(os, "posix_fallocate"):  # a full disk is an OSError here, but kills the process at a mapped write
-            with self.path.open("r+b") as f:
-                os.posix_fallocate(f.fileno(), 0, self.path.stat().st_size)
-        return rows
-
-    def _save_state(self, rows_done: int) -> None:
-        temporary = self.state_path.with_suffix(".json.tmp")
-        with temporary.open("w") as f:
-            json.dump({"fingerprint": self.fingerprint, "rows": self.rows, "rows_done": rows_done}, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(self.state_path)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as f:  # the system lets go of the lock when a process dies
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
-
 # Neighbours
 
 
-def nearest_neighbours(features: Features, k: int) -> npt.NDArray[np.int64]:
-    """(n, k) int64: the k items with the largest cosine to each item after centring, itself left out, nearest first.
+def nearest_neighbours(features: Features, k: int, *, power: float = 1.0) -> npt.NDArray[np.int64]:
+    """(n, k) int64: the k items with the largest cosine to each item, itself left out, nearest first.
+
+    The cosine is that of ``sign(x) |x|**power`` after centring. All pairs are compared: time is O(n² d).
 
     Raises:
-        InvalidParameterError: k is not in 1..n-1.
+        InvalidParameterError: k is not in 1..n-1, or power not in (0, 1].
     """
     import faiss
 
     n = len(features)
     if not 1 <= k < n:
         raise InvalidParameterError(f"k must be in 1..{n - 1} for {n} items, got {k}")
+    if not 0 < power <= 1:
+        raise InvalidParameterError(f"power must be in (0, 1], got {power}")
     x = np.array(features, dtype=np.float32, order="C")
+    if power != 1:
+        x = np.sign(x) * np.abs(x) ** np.float32(power)
     x -= x.mean(axis=0, dtype=np.float64).astype(np.float32)
     faiss.normalize_L2(x)
     _, found = faiss.knn(x, x, k + 1, metric=faiss.METRIC_INNER_PRODUCT)
@@ -286,12 +81,12 @@ def nearest_neighbours(features: Features, k: int) -> npt.NDArray[np.int64]:
 class _Partners:
     """Draws whom the second view of an item comes from: a neighbour with some probability, else the item itself."""
 
-    def __init__(self, features: Features, neighbours: int, probability: float) -> None:
+    def __init__(self, features: Features, neighbours: int, probability: float, power: float) -> None:
         if neighbours < 0 or not 0 <= probability <= 1:
             raise InvalidParameterError(
                 f"neighbours must be at least 0 and their probability in [0, 1], got {neighbours} and {probability}"
             )
-        self.table = nearest_neighbours(features, neighbours) if neighbours and probability else None
+        self.table = nearest_neighbours(features, neighbours, power=power) if neighbours and probability else None
         self.probability = probability
 
     def draw(self, indices: Indices, rng: np.random.Generator) -> Indices:
@@ -312,6 +107,7 @@ class CachedViews:
         views: (V, n, d) float16 or float32 (`cache_views`).
         neighbours: k; the second view shows one of the k nearest neighbours in `features`. 0: always the item itself.
         neighbour_probability: how often it does.
+        neighbour_power: neighbours are those of ``sign(x) |x|**power``; the recipe's `power` finds what the model will see.
 
     Raises:
         InvalidVectorsError: shapes that do not fit each other.
@@ -321,7 +117,13 @@ class CachedViews:
     backbone: torch.nn.Module | None = None
 
     def __init__(
-        self, features: Features, views: npt.NDArray[Any], *, neighbours: int = 0, neighbour_probability: float = 1.0
+        self,
+        features: Features,
+        views: npt.NDArray[Any],
+        *,
+        neighbours: int = 0,
+        neighbour_probability: float = 1.0,
+        neighbour_power: float = 1.0,
     ) -> None:
         self._features = _matrix(features)
         self.n, self.d_in = self._features.shape
@@ -330,7 +132,7 @@ class CachedViews:
                 f"views must be floats (V, {self.n}, {self.d_in}) as the features are, got {views.dtype} {views.shape}"
             )
         self._views = views
-        self._partners = _Partners(self._features, neighbours, neighbour_probability)
+        self._partners = _Partners(self._features, neighbours, neighbour_probability, neighbour_power)
         if len(views) == 1 and self._partners.table is None:
             raise InvalidParameterError("one cached view and no neighbours would make both views equal; use V >= 2")
 
@@ -358,7 +160,7 @@ class EmbeddingViews:
 
     Args:
         features: (n, d) float32, the training vectors.
-        neighbours, neighbour_probability: as for CachedViews.
+        neighbours, neighbour_probability, neighbour_power: as for CachedViews.
 
     Raises:
         InvalidVectorsError: features are not (n, d) floats.
@@ -373,6 +175,7 @@ class EmbeddingViews:
         *,
         neighbours: int = 0,
         neighbour_probability: float = 1.0,
+        neighbour_power: float = 1.0,
         dropout: float = 0.0,
         noise: float = 0.0,
         mixup: float = 0.0,
@@ -381,7 +184,7 @@ class EmbeddingViews:
             raise InvalidParameterError(f"need 0 <= dropout < 1, noise >= 0 and mixup >= 0, got {dropout}, {noise} and {mixup}")
         self._features = _matrix(features)
         self.n, self.d_in = self._features.shape
-        self._partners = _Partners(self._features, neighbours, neighbour_probability)
+        self._partners = _Partners(self._features, neighbours, neighbour_probability, neighbour_power)
         if self._partners.table is None and (mixup or not (dropout or noise)):
             raise InvalidParameterError(
                 "mixup needs neighbours" if mixup else "give neighbours, dropout or noise: else both views are equal"
@@ -419,7 +222,7 @@ class ImageViews:
             its weights of the moment.
         augmentation: as for `cache_views`.
         features: (n, d_out) float32, un-augmented features, if they are known already; else computed here.
-        neighbours, neighbour_probability: as for CachedViews; neighbours are those at construction.
+        neighbours, neighbour_probability, neighbour_power: as for CachedViews; neighbours are those at construction.
         batch_size, device, amp, threads: see FeatureExtractor; `threads` also augment.
 
     Raises:
@@ -436,6 +239,7 @@ class ImageViews:
         features: Features | None = None,
         neighbours: int = 0,
         neighbour_probability: float = 1.0,
+        neighbour_power: float = 1.0,
         batch_size: int | None = None,
         device: torch.device | str | None = None,
         amp: Amp = "auto",
@@ -452,7 +256,7 @@ class ImageViews:
         self._features = self._extract() if features is None else _matrix(features)
         if self._features.shape != (self.n, self.d_in):
             raise InvalidVectorsError(f"features must be {(self.n, self.d_in)}, got {self._features.shape}")
-        self._partners = _Partners(self._features, neighbours, neighbour_probability)
+        self._partners = _Partners(self._features, neighbours, neighbour_probability, neighbour_power)
         self._extractor = None if backbone.trainable else FeatureExtractor(backbone, **self._options)
 
     def features(self) -> Features:

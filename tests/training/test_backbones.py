@@ -347,11 +347,14 @@ def test_out_is_filled_or_refused(tmp_path: Path) -> None:
             extract_features(backbone, images, progress=False, out=bad)  # type: ignore[arg-type]
 
 
-def test_pixels_are_the_image(capsys: pytest.CaptureFixture[str]) -> None:
+def test_pixels_are_the_image(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = np.random.default_rng(0).integers(0, 256, (5, 8, 8)).astype(np.uint8)
     backbone = load_backbone("pixels", image_size=8)
     comp = extract_features(backbone, from_arrays("x", arrays), progress=True)
     np.testing.assert_allclose(comp, arrays.reshape(5, 64) / 255, rtol=1e-6)
+    assert capsys.readouterr() == ("", "")  # stderr is no terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    extract_features(backbone, from_arrays("x", arrays), progress=True)
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "pixels features of x" in printed.err

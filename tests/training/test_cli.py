@@ -8,11 +8,16 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
-from hyperfaiss import Model
+from hyperfaiss import HyperbolicPQIndex, HyperbolicProductQuantizer, Model
+from hyperfaiss.model import Projector
+from training.backbones import extract_features, load_backbone
 from training.checkpoint import Checkpoint
 from training.cli import app
+from training.data import load_images
+from training.evaluate import average_precision
 
 SMALL = ["--set", "nbits=4", "--set", "dsub=3", "--set", "hidden=8", "--set", "epochs=2", "--set", "levels=[8, 4]",
          "--set", "neighbours=3", "--set", "warmup=1", "--set", "batch_size=32"]  # fmt: skip
@@ -45,7 +50,7 @@ def test_embeddings_the_whole_way(files):
     assert Model.load(model).projector.d_in == 10
 
     args = ("eval", model, "--database", x, "--database-labels", y, "--queries", x, "--query-labels", y, "-n", 20)
-    figures = json.loads(hihpq(*args, "--json").output)
+    figures = json.loads(hihpq(*args, "--json").stdout)
     assert figures["n"] == 20
     assert 0.5 < figures["map_at_n"] <= 1
     assert "MAP@20" in hihpq(*args).output
@@ -75,6 +80,10 @@ def test_resume_takes_the_checkpoints_configuration(files):
         (["train", "--embeddings", "x.npy", "--out", "run", "--set", "lrr=1"], 1, "unknown fields ['lrr']"),
         (["train", "--embeddings", "x.npy", "--out", "run", "--bits", "12"], 1, "multiple of nbits = 8, got 12"),
         (["train", "--data", "digits", "--out", "run", "--split", "validation"], 1, "split must be train, test or all"),
+        (["eval", "m", "--database", "x.npy"], 2, "--database needs --database-labels"),
+        (["eval", "m"], 2, "--database or --data"),
+        (["eval", "m", "--data", "digits", "--queries", "x.npy"], 2, "options of images go with --data"),
+        (["eval", "m", "--data", "d", "--query-split", "test", "--queries-per-class", "3"], 2, "not both"),
         (["export", "none", "m.safetensors"], 1, "error: no checkpoint 'none'"),
         (["export", "x.npy", "m.safetensors"], 1, "not a whole checkpoint"),
     ],
@@ -122,6 +131,80 @@ def test_images_the_whole_way(tmp_path):
     checkpoint = Checkpoint.load(out)
     assert (checkpoint.d_in, checkpoint.backbone) == (64, "pixels")
     assert checkpoint.history[0]["val_map"] > 0.1
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """36 training and 12 test images of two classes, which the test part numbers the other way round."""
+    rng = np.random.default_rng(0)
+    bright = {"train": {"a": 60, "c": 190}, "test": {"c": 190, "d": 0}}
+    for part, classes in bright.items():
+        for name, level in classes.items():
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for i in range(18 if part == "train" else 6):
+                pixels = rng.normal(level, 8, size=(4, 4)).clip(0, 255).astype(np.uint8)
+                pixels[:2] //= 1 + (name == "c")  # the power, centring and norm that come first leave something to see
+                Image.fromarray(pixels).save(tmp_path / "images" / part / name / f"{i}.png")
+    return tmp_path
+
+
+def test_images_are_evaluated_through_the_models_own_backbone(folder):
+    images, run, model = folder / "images", folder / "run", folder / "m.safetensors"
+    args = ("train", "--data", images, "--split", "train", "--backbone", "pixels", "--image-size", 4, "--cached-views", 2)
+    trained = hihpq(*args, "--out", run, "--bits", 8, *SMALL, "--set", "neighbours=3", "--set", "batch_size=8")
+    assert trained.exit_code == 0, trained.output
+    assert hihpq("export", run, model).exit_code == 0
+    assert Model.load(model).metadata["features"]["image_size"] == 4
+
+    command = ("eval", model, "--data", images, "-n", 10, "--json")
+    drawn = json.loads(hihpq(*command, "--split", "train", "--queries-per-class", 3).stdout)
+    assert (drawn["queries"], drawn["database"], drawn["n"]) == (6, 30, 10)
+    assert drawn["map_at_n"] > 0.9
+
+    # The same by hand: class "c" of the test part is class 1 of the training part, and "d" is in none.
+    cache = folder / "run" / "cache"
+    held_out = json.loads(hihpq(*command, "--split", "train", "--query-split", "test", "--cache", cache).stdout)
+    assert len(list(cache.glob("*features*.npy"))) == 2
+    loaded = Model.load(model)
+    index = HyperbolicPQIndex.from_model(loaded)
+    backbone = load_backbone("pixels", image_size=4)
+    base, asked = (load_images(images, split=part) for part in ("train", "test"))
+    index.add(extract_features(backbone, base, progress=False))
+    _, found = index.search(extract_features(backbone, asked, progress=False), 10)
+    names = np.array(asked.class_names)[asked.labels]
+    relevant = np.array(base.class_names)[base.labels][found] == names[:, None]
+    assert held_out["map_at_n"] == pytest.approx(average_precision(relevant).mean())
+    assert 0.4 < held_out["map_at_n"] < 0.6  # "c" is found, "d" never
+
+    for change, message in (
+        (("--image-size", 2), "at another size than 2 (its own: 4)"),
+        (("--data", images / "train" / "a"), "has no labels"),
+        (("--split", "none"), "split must be"),
+    ):
+        result = hihpq(*command, *change)
+        assert result.exit_code == 1, result.output
+        assert message in result.output
+
+
+def test_eval_refuses_models_whose_features_it_can_not_make(files, folder):
+    for name, metadata, message in (
+        (None, {}, "takes embeddings"),
+        ("resnet18", {"features": {"trained": True}}, "resnet18 was trained along"),
+    ):
+        random_model(name, metadata).save(files / "m.safetensors")
+        result = hihpq("eval", files / "m.safetensors", "--data", folder / "images", "--split", "train")
+        assert result.exit_code == 1
+        assert message in result.output
+    random_model("pixels", {}).save(files / "m.safetensors")  # of a file without facts: the size has to be told
+    command = ("eval", files / "m.safetensors", "--data", folder / "images", "--split", "train")
+    assert "must have shape (n, 16), got (30, 784)" in hihpq(*command).output
+    assert hihpq(*command, "--image-size", 4).exit_code == 0
+
+
+def random_model(backbone, metadata):
+    rng = np.random.default_rng(0)
+    codec = HyperbolicProductQuantizer.from_codebooks(rng.normal(size=(1, 16, 3)).astype(np.float32), 1.0)
+    return Model(Projector([(rng.normal(size=(3, 16)), np.zeros(3))]), codec, [], backbone, metadata)
 
 
 def test_help_does_not_import_torch():

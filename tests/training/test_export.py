@@ -11,6 +11,7 @@ import torch
 from hyperfaiss import HyperbolicPQIndex, Model, lorentz
 from hyperfaiss.errors import InvalidParameterError
 from tests.training.test_train import CONFIG, LABELS, NoisyViews
+from training.backbones import backbone_of, load_backbone
 from training.export import export, to_model
 from training.train import train
 
@@ -66,7 +67,23 @@ def test_file_round_trip(run, tmp_path):
     x = NoisyViews().features()
     index.add(x)
     assert index.d == x.shape[1]
-    np.testing.assert_array_equal(index.codes, hard_codes(run.model, x))
+    ref = HyperbolicPQIndex.from_codec(run.model.codec())
+    ref.add(run.model.encode(x))
+    np.testing.assert_array_equal(index.codes, ref.codes)
+
+
+def test_what_makes_the_features_is_known(tmp_path):
+    backbone = load_backbone("pixels", image_size=3)
+    source = NoisyViews()
+    train(source, CONFIG.replace(epochs=1), tmp_path, backbone=backbone, progress=False)
+    model = export(tmp_path)
+    assert (model.backbone, model.metadata["features"]) == ("pixels", backbone.facts())
+    assert backbone_of(model).image_size == 3
+    with pytest.raises(InvalidParameterError, match=r"another size than 4 \(its own: 3\)"):
+        backbone_of(model, image_size=4)
+    (tmp_path / "best.pt").unlink()
+    train(source, resume=True, out=tmp_path, progress=False)
+    assert export(tmp_path).metadata["features"] == backbone.facts()
 
 
 def test_hierarchy_is_exported(run):

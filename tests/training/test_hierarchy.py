@@ -8,7 +8,7 @@ from scipy.cluster.hierarchy import cut_tree, ward
 
 from hyperfaiss.errors import InvalidParameterError, InvalidVectorsError
 from tests import naive_training as naive
-from training.hierarchy import build_hierarchy, fitting_levels, ward_linkage
+from training.hierarchy import _cut, build_hierarchy, fitting_sizes, ward_linkage
 
 
 def partition(labels):
@@ -93,14 +93,22 @@ def test_duplicates_leave_fewer_clusters():
 @pytest.mark.parametrize(
     ("n", "levels", "expected"),
     [
-        (5000, (200, 100, 50), (200, 100, 50)),
-        (1250, (200, 100, 50), (50, 25, 12)),
-        (20, (200, 100, 50), (2,)),
-        (800, (30,), (30,)),
+        (5000, (200, 100, 50), ((200, 100, 50), 1000)),
+        (1250, (200, 100, 50), ((50, 25, 12), 250)),
+        (20, (200, 100, 50), ((2,), 4)),
+        (800, (30,), ((30,), 1000)),
     ],
 )
-def test_levels_shrink_with_the_training_set(n, levels, expected):
-    assert fitting_levels(levels, n) == expected
+def test_sizes_shrink_with_the_training_set(n, levels, expected):
+    assert fitting_sizes(levels, 1000, n) == expected
+
+
+@pytest.mark.parametrize("k", [1, 7, 100, 199, 200])
+def test_cuts_are_scipys(k):
+    linkage = ward_linkage(blobs(200, seed=2), np.ones(200))
+    comp = _cut(linkage, k)
+    assert len(np.unique(comp)) == comp.max() + 1 == k
+    assert partition(comp) == partition(cut_tree(linkage, n_clusters=k)[:, 0])
 
 
 @pytest.mark.parametrize("levels", [[], [5, 5], [3, 4], [5, 0]])

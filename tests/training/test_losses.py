@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hyperfaiss import lorentz
 from tests import naive_training as naive
 from training.config import TrainConfig
 from training.losses import draw_partners, instance_loss, product_distance, prototype_loss, quantized_contrastive_loss
@@ -93,6 +94,24 @@ def test_product_distance_is_the_sum_of_geodesic_distances(model):
         for row in tangents.view(-1, M, DSUB).tolist()
     ]
     np.testing.assert_allclose(comp, distances_between(lifted[:4], lifted[4:]), rtol=1e-7)
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.01, 1.0, 10.0])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 2e-5), (torch.float64, 1e-9)])
+def test_product_distance_and_its_gradients_are_those_of_lorentz(theta, dtype, rtol):
+    rng = np.random.default_rng(4)
+    scale = 10 ** rng.uniform(-2, 0, size=(40, 1, 1))  # near and far
+    points = torch.from_numpy(rng.normal(size=(40, M, DSUB)) * scale).to(dtype)
+    weights = torch.from_numpy(rng.normal(size=(25, 15))).to(dtype)
+    results = []
+    for distance in (product_distance, lambda x, y, theta: lorentz.distance(x[:, None], y[None], theta).sum(-1)):
+        x, y = points[:25].clone().requires_grad_(), points[25:].clone().requires_grad_()
+        curvatures = torch.full((M,), theta, dtype=dtype, requires_grad=theta > 0)
+        d = distance(x, y, curvatures)
+        (d * weights).sum().backward()
+        results.append([d.detach(), x.grad, y.grad, *([curvatures.grad] if theta else [])])
+    for comp, ref in zip(*results, strict=True):
+        torch.testing.assert_close(comp, ref, rtol=rtol, atol=rtol * float(ref.abs().max()))
 
 
 def test_gradients_of_every_parameter_equal_finite_differences(model):

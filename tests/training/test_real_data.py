@@ -10,12 +10,13 @@ import pytest
 
 from hyperfaiss import HyperbolicPQIndex
 from training.backbones import load_backbone
+from training.cache import cache_features
 from training.config import recipe
 from training.data import load_images, split_protocol
 from training.evaluate import evaluate_index
 from training.export import export
 from training.train import train
-from training.views import EmbeddingViews, cache_features
+from training.views import EmbeddingViews
 
 BITS = 32
 

@@ -19,7 +19,8 @@ import torch
 from hyperfaiss.errors import CorruptFileError, FileFormatError, HyperfaissError, InvalidParameterError, InvalidVectorsError
 from training.checkpoint import Checkpoint
 from training.config import TrainConfig
-from training.train import TrainingInterrupted, _deferred_signals, _groups, _schedule, _split, train
+from training.terminal import deferred_signals
+from training.train import TrainingInterrupted, _groups, _schedule, _split, train
 
 N, D = 160, 12
 CONFIG = TrainConfig(
@@ -312,7 +313,7 @@ def test_schedule_warms_up_and_cools_down():
 
 def test_signals_are_restored_and_a_second_one_acts_at_once():
     before = signal.getsignal(signal.SIGINT)
-    with _deferred_signals() as interrupted:
+    with deferred_signals() as interrupted:
         assert not interrupted()
         signal.raise_signal(signal.SIGINT)
         assert interrupted()
