@@ -34,6 +34,7 @@ _TASK = 64 * _TOGETHER
 _PROBES = 1 << 22
 _ITERATIONS = 10  # of k-means, as in faiss.Level1Quantizer
 _MAX_POINTS_PER_CENTROID = 256
+_process = os.getpid()
 
 
 class HyperbolicIVFPQIndex(BaseIndex):
@@ -313,7 +314,8 @@ class HyperbolicIVFPQIndex(BaseIndex):
         clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, _MAX_POINTS_PER_CENTROID
         nearest = faiss.IndexFlatL2(coarse.shape[1])
         threads = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(get_num_threads())
+        # In a forked child OpenMP waits for threads that are its parent's.
+        faiss.omp_set_num_threads(get_num_threads() if os.getpid() == _process else 1)
         try:
             # Each call goes on from the centroids of the last.
             for _ in track(range(_ITERATIONS), "k-means of the lists", self.verbose):

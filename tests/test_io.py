@@ -385,6 +385,23 @@ def contradictions() -> dict[str, tuple[str, Callable[[Parts], Any]]]:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("step", [-4, 4])
+def test_tensors_that_overlap_or_leave_a_hole(step: int, kind: str, tmp_path: Path) -> None:
+    """Where what the last tensor holds is right, and only its place is wrong."""
+    path = tmp_path / "file"
+    _, load = saved(kind, path)
+    whole = path.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    layout, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    last = max((name for name in layout if name != "__metadata__"), key=lambda name: layout[name]["data_offsets"])
+    start, end = layout[last]["data_offsets"]
+    layout[last]["data_offsets"] = [start + step, end + step]
+    text = json.dumps(layout).encode()
+    put(path, struct.pack("<Q", len(text)) + text + data[: min(start, start + step)] + bytes(max(step, 0)) + data[start:end])
+    with pytest.raises(CorruptFileError, match="one after the other"):
+        load(path)
+
+
 @pytest.mark.parametrize("name", contradictions())
 def test_headers_that_contradict_the_tensors(name: str, tmp_path: Path) -> None:
     """All checksums are right, the content can't be: still our error, and no index of −3 vectors."""

@@ -554,7 +554,7 @@ def test_ctrl_c(work: str, python: Python) -> None:
 
 
 def test_fork_after_use(python: Python) -> None:
-    """A child forked after training, adding and searching searches and adds as its parent does, FAISS's OpenMP or not."""
+    """A child forked after training, adding and searching does all of it as its parent does, FAISS's OpenMP or not."""
     script = """
 import multiprocessing
 import numpy as np
@@ -570,6 +570,9 @@ ref = index.search(x[:50], 10)
 def child(queue):
     D, I = index.search(x[:50], 10)
     index.add(x)
+    other = hf.HyperbolicIVFPQIndex(None, 8, 100, 2, 4)
+    other.train(x)
+    assert other.is_trained
     queue.put((D, I, index.ntotal))
 context = multiprocessing.get_context("fork")
 queue = context.Queue()
