@@ -52,7 +52,7 @@ _BINS: dict[str, np.dtype[Any]] = {
 SUFFIXES = (*_PARQUET, ".npy", *_VECS, *_BINS)
 
 # Parquet pages are decoded through a buffer of this size, instead of whole column chunks.
-_BUFFER_BYTES = 1 << 20
+_BUFFER_BYTES = 8 << 20
 # Bytes of vectors that pyarrow decodes at a time: a range is made of such pieces.
 _DECODE_BYTES = 4 << 20
 # Footers and headers are read by so many threads: over a network each takes a round trip.

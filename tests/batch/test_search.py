@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -147,6 +149,13 @@ def test_what_does_not_fit_is_refused(tmp_path, xq, shards, queries, saved, parq
     bad[33, 2] = np.inf
     with pytest.raises(InvalidVectorsError, match=r"rows 0 to 169 of .*bad\.npy: .*first row 33"):
         search(shards, str(saved(tmp_path / "bad.npy", bad)), out, k=1)
+
+
+def test_without_its_extra_the_ray_engine_says_what_to_install(tmp_path, shards, queries, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "hyperfaiss.batch.ray_engine", raising=False)
+    with pytest.raises(InvalidParameterError, match=r"pip install 'hyperfaiss\[batch-ray\]'"):
+        search(shards, queries, str(tmp_path / "r"), k=1, engine="ray")
 
 
 def test_ids_beyond_a_format_are_refused(tmp_path):
