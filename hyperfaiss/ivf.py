@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import faiss
@@ -25,11 +25,15 @@ from .storage import Codes, Piece
 
 __all__ = ["HyperbolicIVFPQIndex"]
 
-# Vectors that the quantizer is asked about at a time. FAISS compares fewer than 20 one by one and more by a matrix product,
-# whose last bits depend on what else is in it; so no answer depends on how queries are split over calls.
+# Vectors, and floats of them, that the quantizer is asked about at a time. FAISS compares so few one by one, and many by matrix
+# products, whose last bits depend on what else is in them.
 _TOGETHER = 16
+_TOGETHER_FLOATS = 100_000
 # Of these, so many make a task for the threads.
 _TASK = 64 * _TOGETHER
+# Vectors that are compared by products at a time, if there are so many, and the quantizers that do it.
+_PRODUCTS = 2048
+_COMPARE_ALL = (faiss.IndexFlat, faiss.IndexFlatL2, faiss.IndexFlatIP)
 # Lists to visit that are known at a time, over all queries: 32 MB.
 _PROBES = 1 << 22
 _ITERATIONS = 10  # of k-means, as in faiss.Level1Quantizer
@@ -271,28 +275,66 @@ class HyperbolicIVFPQIndex(BaseIndex):
     def _closest(self, coarse: FloatArray, nprobe: int, params: Any = None, progress: str = "") -> IntArray:
         """The lists (n, nprobe) closest to each vector of the coarse space, the closest first, −1 where FAISS finds none.
 
-        By our threads and each in its own, as OpenMP's do not survive a fork and do not see Ctrl-C.
+        Which lists these are does not depend on the other vectors: where a matrix product leaves a doubt, the vector is asked
+        about anew.
         """
         lists = np.empty((len(coarse), nprobe), np.int64)
+        rows = np.arange(len(coarse))
+        step = max(_PRODUCTS, -(-faiss.cvar.distance_compute_blas_threshold // self.codec.d))
+        if type(self.quantizer) in _COMPARE_ALL and params is None and nprobe < self.nlist and len(coarse) >= step:
+            rows = self._ask_many(coarse, lists, step, progress)
+        few = max(1, min(_TOGETHER, _TOGETHER_FLOATS // self.codec.d))
 
         def ask(start: int) -> Iterator[None]:
-            for first in range(start, min(start + _TASK, len(coarse)), _TOGETHER):
-                rows = slice(first, first + _TOGETHER)
-                threads = faiss.omp_get_max_threads()
-                faiss.omp_set_num_threads(1)  # of this thread's calls
-                try:
-                    lists[rows] = self.quantizer.search(coarse[rows], nprobe, params=params)[1]
-                finally:
-                    faiss.omp_set_num_threads(threads)
+            for first in range(start, min(start + _TASK, len(rows)), few):
+                which = rows[first : min(first + few, start + _TASK)]
+                lists[which] = self._ask(coarse[which], nprobe, params)[1]
                 yield
 
-        starts = range(0, len(coarse), _TASK)
-        batches: Sequence[Sequence[int]] = [starts]
+        self._run(ask, range(0, len(rows), _TASK), progress)
+        return lists
+
+    def _ask_many(self, coarse: FloatArray, lists: IntArray, step: int, progress: str) -> IntArray:
+        """Fill ``lists`` by FAISS's matrix products, ``step`` vectors at a time; returns those whose lists are in doubt.
+
+        That is where the last list and the first one left out differ by less than rounding can hide. A distance by products is
+        off by at most (d + 2) u (|x| + |c|)², u = 2**-24, in any order of summation, and one by one by no more than that.
+        """
+        nprobe = lists.shape[1]
+        centroids = self.quantizer.reconstruct_n(0, self.nlist)
+        with np.errstate(over="ignore"):
+            largest = np.sqrt(np.einsum("ij,ij->i", centroids, centroids).max())
+        doubtful = np.empty(len(coarse), np.bool_)
+
+        def ask(start: int) -> Iterator[None]:
+            part = slice(start, start + step)
+            D, I = self._ask(coarse[part], nprobe + 1)  # noqa: E741
+            lists[part] = I[:, :nprobe]
+            with np.errstate(over="ignore", invalid="ignore"):  # a nan is a doubt
+                norms = np.sqrt(np.einsum("ij,ij->i", coarse[part], coarse[part]))
+                hidden = 4 * (self.codec.d + 4) * 2.0**-24 * (norms + largest) ** 2
+                doubtful[part] = ~(np.abs(D[:, nprobe] - D[:, nprobe - 1]) > hidden)
+            yield
+
+        self._run(ask, range(0, len(coarse), step), progress)
+        return np.flatnonzero(doubtful)
+
+    def _ask(self, coarse: FloatArray, k: int, params: Any = None) -> tuple[FloatArray, IntArray]:
+        """The quantizer's answer, by this thread alone: OpenMP's threads do not survive a fork."""
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)
+        try:
+            D, I = self.quantizer.search(coarse, k, params=params)  # noqa: E741
+        finally:
+            faiss.omp_set_num_threads(threads)
+        return D, I
+
+    def _run(self, ask: Callable[[int], Iterator[None]], starts: Sequence[int], progress: str) -> None:
+        batches = [starts]
         if progress and self.verbose:
-            batches = [starts[i : i + 64] for i in range(0, len(starts), 64)]
+            batches = [starts[i : i + 16] for i in range(0, len(starts), 16)]
         for batch in track(batches, progress, verbose=len(batches) > 1):
             run_tasks(ask, batch)
-        return lists
 
     def _lists_of(self, tangents: FloatArray) -> IntArray:
         lists = self._closest(self._coarse(tangents), 1, progress="assigning to lists")[:, 0]

@@ -161,6 +161,44 @@ def test_any_split_gives_the_same_bits(threads: int, monkeypatch: pytest.MonkeyP
         assert_same(ivf.search_preassigned(x, 20, ivf._closest(x, 7)), ref)
 
 
+@pytest.mark.parametrize("kind", ["random", "far from the origin", "twins", "huge", "equal"])
+@pytest.mark.parametrize("metric", [faiss.IndexFlatL2, faiss.IndexFlatIP, lambda d: faiss.IndexFlat(d, faiss.METRIC_L2)])
+def test_many_vectors_go_where_each_goes_alone(metric: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix products, where there is no doubt; the bits of one by one, where there is."""
+    d, nlist = 64, 50
+    coarse, x = tangents(nlist, d, seed=7), tangents(5000, d)
+    if kind == "far from the origin":  # products lose the distances in their rounding
+        coarse, x = coarse + 300, x + 300
+    elif kind == "twins":  # pairs of centroids that are equal but for the last bits
+        coarse[1::2] = coarse[::2] * np.float32(1 + 1e-6)
+    elif kind == "huge":
+        coarse, x = coarse * np.float32(1e19), x * np.float32(1e19)
+    elif kind == "equal":
+        coarse[:] = coarse[0]
+    index = HyperbolicIVFPQIndex(metric(d), d, nlist, 2)
+    index.quantizer.add(coarse)
+    asked: list[int] = []
+    ask = index._ask
+
+    def counted(x: np.ndarray, *args: Any) -> Any:
+        asked.append(len(x))
+        return ask(x, *args)
+
+    monkeypatch.setattr(index, "_ask", counted)
+    for nprobe in (1, 7, 49):
+        asked.clear()
+        comp = index._closest(x, nprobe)
+        again = sum(asked) - len(x)
+        ref = np.concatenate([ask(x[i : i + 1], nprobe)[1] for i in range(len(x))])
+        np.testing.assert_array_equal(np.sort(comp, axis=1), np.sort(ref, axis=1))
+        assert max(asked) >= 2000
+        assert again < len(x) / 4 or kind != "random"
+        if metric is faiss.IndexFlatL2 and kind == "far from the origin":
+            assert again > 0
+            products = index.quantizer.search(x, nprobe)[1]
+            assert (np.sort(products, axis=1) != np.sort(ref, axis=1)).any()
+
+
 def test_the_quantizer_is_asked_about_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few that FAISS compares them one by one: the bits of its matrix products depend on the other rows."""
     assert faiss.cvar.distance_compute_blas_threshold > hyperfaiss.ivf._TOGETHER
