@@ -262,11 +262,18 @@ class HyperbolicProductQuantizer:
         self._prepared = kernels.prepare(books, self.curvatures)
         self.codebooks = books
 
+    def clip(self, vectors: FloatArray) -> FloatArray:
+        """Tangent vectors (n, d) float32 with each subspace's part clipped to ``clip_radius``, as coding does it first."""
+        shape, flat = (len(vectors), self.M, self.dsub), np.zeros(self.M, np.float32)
+        clipped = np.empty(shape, np.float32)  # at curvature 0 the map is the identity
+        kernels.map_points(vectors.reshape(shape), self.clip_radius or np.inf, flat, clipped)
+        return clipped.reshape(vectors.shape)
+
     def _points(self, vectors: FloatArray, numbers: int | npt.NDArray[np.int64] = 0) -> FloatArray:
         """Points (n, M, dsub) of tangent vectors (n, d). An error names a row by ``numbers``: of the first, or of each."""
         parts = vectors.reshape(len(vectors), self.M, self.dsub)
         points = np.empty_like(parts)
-        kernels.map_points(parts, np.inf if self.clip_radius is None else self.clip_radius, self.curvatures, points)
+        kernels.map_points(parts, self.clip_radius or np.inf, self.curvatures, points)
         if not np.isfinite(points).all():
             row, m, _ = np.argwhere(~np.isfinite(points))[0]
             number = numbers + row if isinstance(numbers, int) else numbers[row]

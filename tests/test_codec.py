@@ -565,3 +565,12 @@ def test_input_types() -> None:
     np.testing.assert_array_equal(
         codec.compute_codes(np.arange(24).reshape(2, 12)), codec.compute_codes(np.arange(24.0).reshape(2, 12))
     )
+
+
+def test_clip_is_that_of_the_geometry() -> None:
+    x = np.random.default_rng(0).normal(size=(300, 12)).astype(np.float32)
+    for radius in (None, 0.5, 1.7, 100.0):
+        codec = HyperbolicProductQuantizer(12, 3, curvatures=2.0, clip_radius=radius)
+        ref = lorentz.clip(x.reshape(300, 3, 4), radius).reshape(300, 12)
+        np.testing.assert_allclose(codec.clip(x), ref, rtol=3e-7)
+        assert radius == 100.0 or (radius is None) == np.array_equal(codec.clip(x), x)

@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import hyperfaiss
-from hyperfaiss import InvalidParameterError
+from hyperfaiss import InvalidParameterError, search
 from hyperfaiss.kernels import runtime, scan, tables
 
 
@@ -113,29 +115,43 @@ def test_pool_in_several_threads_while_its_size_changes() -> None:
 
 def test_kernels_refuse_what_they_were_not_compiled_for() -> None:
     """A wrong dtype or layout would otherwise compile anew, silently, at every new combination."""
-    D, I = np.empty((1, 2), np.float32), np.empty((1, 2), np.int64)
-    for bad in (D.astype(np.float64), np.empty((1, 4), np.float32)[:, ::2]):
+    states, I = np.zeros(1, scan.STATE), np.empty((1, 2), np.int64)
+    for bad in (np.empty((1, 2), np.float64), np.empty((1, 4), np.float32)[:, ::2]):
         with pytest.raises(TypeError):
-            scan.merge(np.empty((1, 1, 2), np.float32), np.empty((1, 1, 2), np.int64), bad, I)
+            scan.take_limits(states, bad, I, 1)
 
 
 def test_kernels_do_not_reorder_float_sums() -> None:
     """1e8 + 1 − 1e8 is 0 in float32 from left to right and 1 in any cleverer order."""
     distances = np.zeros((1, 3, 256), np.float32)
     distances[0, :, 0] = 1e8, 1, -1e8
-    blocks = np.zeros((1, 3, 64), np.uint8)
-    D, I = np.full((1, 1), np.inf, np.float32), np.full((1, 1), scan.EMPTY)
-    scan.scan(blocks, 0, 1, 64, distances, D, I)
+    nothing = np.empty(0, np.int64)
+    view = search.View(np.zeros((1, 3, 64), np.uint8), 64, nothing, np.empty(0, np.uint64), nothing, np.array([0, 1]))
+    D, I = np.empty((1, 1), np.float32), np.empty((1, 1), np.int64)
+    search.nearest(lambda _: distances, 1, view, 1, D, I)
     assert (D[0, 0], I[0, 0]) == (0, 0)
 
 
 def test_kernels_name_themselves() -> None:
-    for module, names in ((scan, {"scan", "merge"}), (tables, {"distance_tables", "assign"})):
+    for module, names in ((scan, {"scan_generic", "collect"}), (tables, {"distance_tables", "assign"})):
         kernels = {name: value for name, value in vars(module).items() if isinstance(value, runtime.Kernel)}
         assert names <= set(kernels)
         for name, kernel in kernels.items():
             assert kernel.__name__ == name
             assert kernel.__doc__
+
+
+def test_a_change_in_any_kernel_file_makes_old_cached_code_useless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kernels = tmp_path / "kernels"
+    shutil.copytree(Path(runtime.__file__).parent, kernels, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(Path(runtime.__file__).parent.parent / "lorentz.py", tmp_path)
+    monkeypatch.setattr(runtime, "__file__", str(kernels / "runtime.py"))
+    version = runtime._version.__wrapped__
+    assert version() == runtime._version()
+    (kernels / "simd.py").write_text((kernels / "simd.py").read_text() + "# changed")
+    assert version() != runtime._version()
+    tables.assign.compile()
+    assert runtime._version() in tables.assign._function.__qualname__  # which is part of the name of Numba's cache file
 
 
 def test_a_long_compilation_is_announced(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

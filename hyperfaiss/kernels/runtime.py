@@ -7,11 +7,14 @@ torch oversubscribes the cores. The pool is rebuilt in a forked child and sees C
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
@@ -23,7 +26,7 @@ __all__ = ["Kernel", "device_function", "get_num_threads", "kernel", "run_tasks"
 T = TypeVar("T")
 
 # Seconds of compilation after which a user is told what is going on.
-_PATIENCE = 0.7
+_PATIENCE = 2.0
 
 
 def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,10 +68,20 @@ class Kernel:
                 notice.daemon = True
                 notice.start()
                 try:
+                    # Numba's cache is keyed by the function's own file; a change in another must not leave old code in use.
+                    self._function.__qualname__ = f"{self.__name__}_{_version()}"
                     self._compiled = numba.njit(self._signature, nogil=True, cache=True, error_model="numpy")(self._function)
                 finally:
                     notice.cancel()
         return self._compiled
+
+
+@functools.cache
+def _version() -> str:
+    """A digest of all source files that kernels are made of."""
+    folder = Path(__file__).parent
+    sources = [*sorted(folder.glob("*.py")), folder.parent / "lorentz.py"]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 
 _announced = False

@@ -258,6 +258,14 @@ def _candidates(bounds: dict[int, Any]) -> Any:
     return candidates
 
 
+@device_function
+def _few(mask):  # type: ignore[no-untyped-def]
+    """Whether a mask has so few bits that their distances cost less than bounds of all lanes."""
+    for _ in range(4):
+        mask &= mask - _ONE
+    return mask == 0
+
+
 def _make_scan(candidates: Any, by_bytes: bool) -> Any:
     """The scan with this function for the first pass, which needs the byte table or not.
 
@@ -275,8 +283,10 @@ def _make_scan(candidates: Any, by_bytes: bool) -> Any:
                     state, table, buffer_D, buffer_I = states[q], tables[q], D[q], I[q]
                     for at in range(start, stop):
                         b = order[at] if order.shape[0] else at
+                        if order.shape[0] and at + 1 < stop:  # the processor foresees blocks that follow each other only
+                            simd.prefetch(blocks[order[at + 1]])
                         mask = masks[b] if masks.shape[0] else _ALL >> np.uint64(max(0, (b + 1) * BLOCK - n))
-                        if state["limit"] < np.inf:
+                        if state["limit"] < np.inf and not _few(mask):
                             if by_bytes and not state["fresh"]:
                                 _quantise(state, table, lows[q], small[q])
                             mask &= candidates(blocks[b], table, small[q], state["limit"])

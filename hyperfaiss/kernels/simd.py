@@ -36,7 +36,7 @@ from typing import Any
 
 from llvmlite import binding, ir
 from numba import types
-from numba.core import config
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 from ..errors import InvalidParameterError
@@ -239,6 +239,25 @@ def _trailing_zeros(_typing: Any, _mask: Any) -> Any:
 def _trailing_zeros_without_jit(mask: Any) -> int:
     return (int(mask) & -int(mask)).bit_length() - 1
 
+
+def _prefetch(_typing: Any, block: Any) -> Any:
+    def generate(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        array = context.make_array(block)(context, builder, arguments[0])
+        rows = builder.extract_value(array.shape, 0)
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, _i32, _i32, _i32])
+        name = "llvm.prefetch.p0" if pointer.is_opaque else "llvm.prefetch.p0i8"
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        with cgutils.for_range(builder, rows) as loop:
+            line = builder.gep(array.data, [builder.mul(loop.index, _i64(BLOCK))])
+            builder.call(function, [builder.bitcast(line, pointer), _i32(0), _i32(3), _i32(1)])  # to be read, soon, data
+        return context.get_dummy_value()
+
+    return types.void(block), generate
+
+
+# Bring a block (M, 64), one cache line a row, nearer to the processor: a hint.
+prefetch: Any = (lambda _block: None) if config.DISABLE_JIT else intrinsic(_prefetch)  # type: ignore[attr-defined]
 
 # Number of the lowest bit that is set in a uint64 mask, which must not be 0.
 trailing_zeros: Any = _trailing_zeros_without_jit if config.DISABLE_JIT else intrinsic(_trailing_zeros)  # type: ignore[attr-defined]
