@@ -25,7 +25,7 @@ _FREE = -1  # no id is negative
 
 
 @kernel(types.void(_IDS, types.int64[::1], types.int64[::1], types.int64[::1], types.int32[::1], types.int64[::1]))
-def place(lists, sizes, tails, nblocks, owners, positions):  # type: ignore[no-untyped-def]
+def place(lists, sizes, tails, nblocks, owners, positions):
     """Give each new vector, of list ``lists[i]``, the next position of its list: in the list's last block or in a new one.
 
     ``sizes`` and ``tails`` (nlist,), vectors and last block of each list, ``nblocks`` (1,) and ``owners``, the list of each
@@ -44,7 +44,7 @@ def place(lists, sizes, tails, nblocks, owners, positions):  # type: ignore[no-u
 
 
 @kernel(types.void(_BYTES, _IDS, types.uint8[:, :, ::1]))
-def scatter(codes, positions, blocks):  # type: ignore[no-untyped-def]
+def scatter(codes, positions, blocks):
     """Write rows of ``codes`` (n, M) to their positions in ``blocks``."""
     for i in range(codes.shape[0]):
         b, lane = positions[i] // BLOCK, positions[i] % BLOCK
@@ -53,7 +53,7 @@ def scatter(codes, positions, blocks):  # type: ignore[no-untyped-def]
 
 
 @kernel(types.void(_BLOCKS, _IDS, types.uint8[:, ::1]))
-def gather(blocks, positions, codes):  # type: ignore[no-untyped-def]
+def gather(blocks, positions, codes):
     """Read rows of ``codes`` (n, M) from their positions in ``blocks``."""
     for i in range(codes.shape[0]):
         b, lane = positions[i] // BLOCK, positions[i] % BLOCK
@@ -62,7 +62,7 @@ def gather(blocks, positions, codes):  # type: ignore[no-untyped-def]
 
 
 @kernel(types.void(types.Array(types.int32, 1, "C", readonly=True), types.int64[::1], types.int64[::1]))
-def order_by_list(owners, cursors, order):  # type: ignore[no-untyped-def]
+def order_by_list(owners, cursors, order):
     """``order`` = the blocks list after list, each list's in order of number; ``cursors`` begins as each list's first place."""
     for b in range(owners.shape[0]):
         order[cursors[owners[b]]] = b
@@ -73,7 +73,7 @@ def order_by_list(owners, cursors, order):  # type: ignore[no-untyped-def]
 
 
 @kernel(types.void(_BYTES, types.int64, types.uint8[:, ::1]))
-def pack(codes, nbits, packed):  # type: ignore[no-untyped-def]
+def pack(codes, nbits, packed):
     """Rows of M codes below 2**nbits, one after the other from the first byte's lowest bit on: as FAISS's BitstringWriter."""
     for i in range(codes.shape[0]):
         packed[i] = 0
@@ -85,7 +85,7 @@ def pack(codes, nbits, packed):  # type: ignore[no-untyped-def]
 
 
 @kernel(types.void(_BYTES, types.int64, types.uint8[:, ::1]))
-def unpack(packed, nbits, codes):  # type: ignore[no-untyped-def]
+def unpack(packed, nbits, codes):
     """The inverse of ``pack``."""
     for i in range(codes.shape[0]):
         for m in range(codes.shape[1]):
@@ -104,7 +104,7 @@ def unpack(packed, nbits, codes):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _passes(key, bits):  # type: ignore[no-untyped-def]
+def _passes(key, bits):
     """Whether ``key`` may be in the set."""
     at = (np.uint64(key) * _GOLDEN) >> np.uint64(20)
     word = bits[(at >> np.uint64(6)) & np.uint64(bits.shape[0] - 1)]
@@ -112,7 +112,7 @@ def _passes(key, bits):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _slot(key, keys):  # type: ignore[no-untyped-def]
+def _slot(key, keys):
     """Where ``key`` is in the hash table, or the free place where it would be."""
     last = np.uint64(keys.shape[0] - 1)
     at = ((np.uint64(key) * _GOLDEN) >> np.uint64(32)) & last
@@ -122,7 +122,7 @@ def _slot(key, keys):  # type: ignore[no-untyped-def]
 
 
 @kernel(types.void(_IDS, types.uint64[::1], types.int64[::1], types.int64[::1]))
-def fill_set(ids, bits, keys, numbers):  # type: ignore[no-untyped-def]
+def fill_set(ids, bits, keys, numbers):
     """Make a set of the ``ids`` >= 0, from ``bits`` of 0 and ``keys``, more than there are ids, of −1."""
     for i in range(ids.shape[0]):
         if ids[i] >= 0:
@@ -134,7 +134,7 @@ def fill_set(ids, bits, keys, numbers):  # type: ignore[no-untyped-def]
 
 
 @kernel(types.void(_IDS, _MASKS, _MASKS, _IDS, types.uint64[::1]))
-def mark(ids, used, bits, keys, marked):  # type: ignore[no-untyped-def]
+def mark(ids, used, bits, keys, marked):
     """``marked`` (nblocks,) gets a bit for each used position whose id is in the set."""
     for b in range(used.shape[0]):
         found = np.uint64(0)
@@ -146,7 +146,7 @@ def mark(ids, used, bits, keys, marked):  # type: ignore[no-untyped-def]
 
 
 @kernel(types.void(_IDS, _MASKS, _MASKS, _IDS, _IDS, types.int64[::1]))
-def find(ids, used, bits, keys, numbers, found):  # type: ignore[no-untyped-def]
+def find(ids, used, bits, keys, numbers, found):
     """``found[number]`` = the first used position with the id of that number; the others are left alone."""
     for b in range(used.shape[0]):
         for lane in range(min(BLOCK, ids.shape[0] - b * BLOCK)):
@@ -158,7 +158,7 @@ def find(ids, used, bits, keys, numbers, found):  # type: ignore[no-untyped-def]
 
 
 @kernel(types.void(_IDS, types.uint64[::1]))
-def set_bits(positions, masks):  # type: ignore[no-untyped-def]
+def set_bits(positions, masks):
     """Set the bit of each position."""
     for i in range(positions.shape[0]):
         masks[positions[i] // BLOCK] |= _ONE << np.uint64(positions[i] % BLOCK)

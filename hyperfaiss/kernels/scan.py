@@ -64,18 +64,18 @@ _ONE = np.uint64(1)
 
 
 @device_function
-def _before(d, i, e, j):  # type: ignore[no-untyped-def]
+def _before(d, i, e, j):
     return d < e or (d == e and i < j)
 
 
 @device_function
-def _swap(D, I, a, b):  # type: ignore[no-untyped-def]  # noqa: E741
+def _swap(D, I, a, b):  # noqa: E741
     D[a], D[b] = D[b], D[a]
     I[a], I[b] = I[b], I[a]
 
 
 @device_function
-def _partition(D, I, first, last):  # type: ignore[no-untyped-def]  # noqa: E741
+def _partition(D, I, first, last):  # noqa: E741
     """Split entries first … last (at least 2) about one of them: returns a ``j`` in [first, last) that ends the left part."""
     middle = (first + last) // 2
     # The median of three keeps sorted input, the usual one, from being the worst case.
@@ -100,7 +100,7 @@ def _partition(D, I, first, last):  # type: ignore[no-untyped-def]  # noqa: E741
 
 
 @device_function
-def _select(D, I, count, keep):  # type: ignore[no-untyped-def]  # noqa: E741
+def _select(D, I, count, keep):  # noqa: E741
     """Bring the ``keep`` first of ``count`` entries by (distance, id) to the front, the last of them to keep − 1."""
     first, last, target = 0, count - 1, keep - 1
     while first < last:
@@ -112,7 +112,7 @@ def _select(D, I, count, keep):  # type: ignore[no-untyped-def]  # noqa: E741
 
 
 @device_function
-def _sort(D, I, count):  # type: ignore[no-untyped-def]  # noqa: E741
+def _sort(D, I, count):  # noqa: E741
     """Sort entries 0 … count − 1 by (distance, id)."""
     stack = np.empty((64, 2), np.int64)
     stack[0, 0], stack[0, 1] = 0, count - 1
@@ -140,7 +140,7 @@ def _sort(D, I, count):  # type: ignore[no-untyped-def]  # noqa: E741
 
 
 @device_function
-def _cut(state, D, I, keep):  # type: ignore[no-untyped-def]  # noqa: E741
+def _cut(state, D, I, keep):  # noqa: E741
     """Cut a buffer to its ``keep`` best, which sets the limit; a buffer with fewer stays as it is."""
     if state["count"] >= keep:
         _select(D, I, state["count"], keep)
@@ -153,7 +153,7 @@ def _cut(state, D, I, keep):  # type: ignore[no-untyped-def]  # noqa: E741
 
 
 @kernel(types.void(_TABLES, _LOWS, _STATES))
-def prepare(tables, lows, states):  # type: ignore[no-untyped-def]
+def prepare(tables, lows, states):
     """Set up queries: ``lows[q, m]`` = least entry of ``tables[q, m]``, and what follows from them in ``states[q]``."""
     nq, M, ksub = tables.shape
     lanes = 16  # as many running minima as let LLVM use its vectors; ksub is a multiple
@@ -183,7 +183,7 @@ def prepare(tables, lows, states):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _quantise(state, table, lows, small):  # type: ignore[no-untyped-def]
+def _quantise(state, table, lows, small):
     """Fill the byte table for the query's limit."""
     M, ksub = table.shape
     limit = np.float64(state["limit"])
@@ -207,7 +207,7 @@ def _quantise(state, table, lows, small):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _distance(table, block, lane):  # type: ignore[no-untyped-def]
+def _distance(table, block, lane):
     total = table[0, block[0, lane]]
     for m in range(1, table.shape[0]):
         total += table[m, block[m, lane]]
@@ -215,7 +215,7 @@ def _distance(table, block, lane):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _candidates_generic(block, table, small, limit):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _candidates_generic(block, table, small, limit):  # noqa: ARG001
     """Mask of the lanes whose distance is at most ``limit``."""
     mask = np.uint64(0)
     # Eight sums at a time in registers, their codes loaded as one word: twice as fast as the gathers that LLVM makes of a loop.
@@ -243,7 +243,7 @@ def _candidates(bounds: dict[int, Any]) -> Any:
     bound16, bound32, bound64, bound128, bound256 = (bounds[ksub] for ksub in simd.SIZES)
 
     @device_function
-    def candidates(block, table, small, limit):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    def candidates(block, table, small, limit):  # noqa: ARG001
         ksub = table.shape[1]
         if ksub == 256:
             return bound256(block, small)
@@ -259,7 +259,7 @@ def _candidates(bounds: dict[int, Any]) -> Any:
 
 
 @device_function
-def _few(mask):  # type: ignore[no-untyped-def]
+def _few(mask):
     """Whether a mask has so few bits that their distances cost less than bounds of all lanes."""
     for _ in range(4):
         mask &= mask - _ONE
@@ -273,7 +273,7 @@ def _make_scan(candidates: Any, by_bytes: bool) -> Any:
     """
 
     @device_function
-    def scan(blocks, n, ids, masks, order, visits, rows, tables, lows, small, states, D, I, keep):  # type: ignore[no-untyped-def]  # noqa: E741
+    def scan(blocks, n, ids, masks, order, visits, rows, tables, lows, small, states, D, I, keep):  # noqa: E741
         group = max(1, _GROUP_BYTES // (blocks.shape[1] * BLOCK))
         for v in range(visits.shape[0]):
             for start in range(visits[v, 0], visits[v, 1], group):
@@ -328,7 +328,7 @@ _SCAN = types.void(
 
 
 @kernel(_SCAN)
-def scan_generic(blocks, n, ids, masks, order, visits, rows, tables, lows, small, states, D, I, keep):  # type: ignore[no-untyped-def]  # noqa: E741
+def scan_generic(blocks, n, ids, masks, order, visits, rows, tables, lows, small, states, D, I, keep):  # noqa: E741
     """Let queries look at blocks of codes, and put what comes before their limits into their buffers.
 
     blocks (nblocks, M, BLOCK) codes; ``n``, ``ids``, ``masks``, ``order``: see ``search.View``. Each row (first, last, r0, r1)
@@ -339,13 +339,13 @@ def scan_generic(blocks, n, ids, masks, order, visits, rows, tables, lows, small
 
 
 @kernel(_SCAN)
-def scan_avx2(blocks, n, ids, masks, order, visits, rows, tables, lows, small, states, D, I, keep):  # type: ignore[no-untyped-def]  # noqa: E741
+def scan_avx2(blocks, n, ids, masks, order, visits, rows, tables, lows, small, states, D, I, keep):  # noqa: E741
     """``scan_generic`` with AVX2."""
     _scan_avx2(blocks, n, ids, masks, order, visits, rows, tables, lows, small, states, D, I, keep)
 
 
 @kernel(_SCAN)
-def scan_vbmi(blocks, n, ids, masks, order, visits, rows, tables, lows, small, states, D, I, keep):  # type: ignore[no-untyped-def]  # noqa: E741
+def scan_vbmi(blocks, n, ids, masks, order, visits, rows, tables, lows, small, states, D, I, keep):  # noqa: E741
     """``scan_generic`` with AVX-512 VBMI."""
     _scan_vbmi(blocks, n, ids, masks, order, visits, rows, tables, lows, small, states, D, I, keep)
 
@@ -354,7 +354,7 @@ SCANS = {"vbmi": scan_vbmi, "avx2": scan_avx2, "generic": scan_generic}
 
 
 @kernel(types.void(_STATES, types.float32[:, ::1], types.int64[:, ::1], types.int64))
-def take_limits(states, D, I, rank):  # type: ignore[no-untyped-def]  # noqa: E741
+def take_limits(states, D, I, rank):  # noqa: E741
     """Make the distance of rank ``rank`` in each buffer the query's limit, and empty the buffer; no limit if it holds fewer."""
     for q in range(states.shape[0]):
         state = states[q]
@@ -376,7 +376,7 @@ def take_limits(states, D, I, rank):  # type: ignore[no-untyped-def]  # noqa: E7
         types.int64[::1],
     )
 )
-def collect(states, part_D, part_I, D, I, found):  # type: ignore[no-untyped-def]  # noqa: E741
+def collect(states, part_D, part_I, D, I, found):  # noqa: E741
     """Merge the buffers (parts, nq, capacity) of each query into sorted rows of D and I (nq, k).
 
     ``found[q]`` = number of entries in the buffers; places beyond it become (inf, -1).

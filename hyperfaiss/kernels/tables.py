@@ -70,7 +70,7 @@ def prepare(books: npt.NDArray[np.float32], curvatures: npt.NDArray[np.float32])
 
 
 @device_function
-def _sinhc(s):  # type: ignore[no-untyped-def]
+def _sinhc(s):
     """sinh(√s)/√s for 0 <= s <= _SERIES."""
     tail = 1 + s * (1 / 272) * (1 + s * (1 / 342) * (1 + s * (1 / 420) * (1 + s * (1 / 506))))
     middle = 1 + s * (1 / 72) * (1 + s * (1 / 110) * (1 + s * (1 / 156) * (1 + s * (1 / 210) * tail)))
@@ -78,7 +78,7 @@ def _sinhc(s):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _far_sinhc(s):  # type: ignore[no-untyped-def]
+def _far_sinhc(s):
     """sinh(√s)/√s for any s, by sinh 2a = 2 sinh a cosh a."""
     start, doublings = s, 0
     while start > _SERIES:
@@ -91,7 +91,7 @@ def _far_sinhc(s):  # type: ignore[no-untyped-def]
 
 
 @kernel("void(Array(float32, 3, 'C', readonly=True), float64, Array(float32, 1, 'C', readonly=True), float32[:,:,::1])")
-def map_points(v, clip_radius, curvatures, points):  # type: ignore[no-untyped-def]
+def map_points(v, clip_radius, curvatures, points):
     """``points`` = ``lorentz.exp0(lorentz.clip(v, clip_radius), curvatures)`` of vectors' parts v (n, M, dsub).
 
     A clip_radius of inf clips nothing. A coordinate beyond float32 comes out as inf.
@@ -128,7 +128,7 @@ def map_points(v, clip_radius, curvatures, points):  # type: ignore[no-untyped-d
 
 
 @device_function
-def _norm2(x):  # type: ignore[no-untyped-def]
+def _norm2(x):
     total = 0.0
     for i in range(x.shape[0]):
         total += np.float64(x[i]) * np.float64(x[i])
@@ -136,7 +136,7 @@ def _norm2(x):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _asinhc(s):  # type: ignore[no-untyped-def]
+def _asinhc(s):
     """asinh(√s)/√s for 0 <= s <= _NEAR."""
     t = s * s
     even = 1 + t * (_C1 + t * (_C3 + t * (_C5 + t * (_C7 + t * _C9))))
@@ -144,7 +144,7 @@ def _asinhc(s):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _angular(x, transposed, j, radius_x, radius_y):  # type: ignore[no-untyped-def]
+def _angular(x, transposed, j, radius_x, radius_y):
     """``2(|x||y| - x·y)`` from the difference of the two directions."""
     total = 0.0
     for i in range(x.shape[0]):
@@ -154,7 +154,7 @@ def _angular(x, transposed, j, radius_x, radius_y):  # type: ignore[no-untyped-d
 
 
 @device_function
-def _squared_distance(euclid, gap, dot, xx, yy, cosh_x, cosh_y, theta, x, transposed, j):  # type: ignore[no-untyped-def]
+def _squared_distance(euclid, gap, dot, xx, yy, cosh_x, cosh_y, theta, x, transposed, j):
     """``lorentz.squared_distance`` of x and codeword j from |x-y|², (x-y)·(x+y), x·y, |x|², |y|² and the two cosh."""
     radius_x, radius_y = math.sqrt(xx), math.sqrt(yy)
     radii = radius_x * radius_y
@@ -170,7 +170,7 @@ def _squared_distance(euclid, gap, dot, xx, yy, cosh_x, cosh_y, theta, x, transp
 
 
 @device_function
-def _compare(x, transposed, j, xx, yy, cosh_x, cosh_y, theta):  # type: ignore[no-untyped-def]
+def _compare(x, transposed, j, xx, yy, cosh_x, cosh_y, theta):
     """Squared distance between one point and codeword ``j`` of one subspace, in float64."""
     euclid = gap = dot = 0.0
     for i in range(x.shape[0]):
@@ -182,7 +182,7 @@ def _compare(x, transposed, j, xx, yy, cosh_x, cosh_y, theta):  # type: ignore[n
 
 
 @device_function
-def _chords(x, transposed, norms, reach, theta, squared):  # type: ignore[no-untyped-def]
+def _chords(x, transposed, norms, reach, theta, squared):
     """``squared[j]`` = squared Lorentzian distance of point x to codeword j of one subspace, for all j.
 
     It is |x-c|² - θ(h_x-h_c)², h the heights. Those are off by ε·h, and what that makes of the
@@ -224,7 +224,7 @@ def _chords(x, transposed, norms, reach, theta, squared):  # type: ignore[no-unt
 
 
 @device_function
-def _halve(squared, times, quarter):  # type: ignore[no-untyped-def]
+def _halve(squared, times, quarter):
     """Replace far chords by those of half their geodesics, again and again, until ``_asinhc`` takes them all.
 
     ``times`` are the numbers of halves. ``sinh(a)² = 4 sinh(a/2)² · (1 + sinh(a/2)²)``, where ``sinh(a)² = quarter · squared``.
@@ -245,7 +245,7 @@ def _halve(squared, times, quarter):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _inner_products(x, transposed, products):  # type: ignore[no-untyped-def]
+def _inner_products(x, transposed, products):
     """Minus the inner products of x with all codewords, within the range of float32, so that no sum of them is inf - inf."""
     dsub, ksub = transposed.shape
     products[:] = 0.0
@@ -262,7 +262,7 @@ def _inner_products(x, transposed, products):  # type: ignore[no-untyped-def]
     "void(Array(float32, 3, 'C', readonly=True), Array(float32, 3, 'C', readonly=True), Array(float64, 3, 'C', readonly=True),"
     "Array(float64, 2, 'C', readonly=True), Array(float32, 1, 'C', readonly=True), int64, float32[:,:,::1])"
 )
-def distance_tables(x, transposed, norms, reach, curvatures, metric, tables):  # type: ignore[no-untyped-def]
+def distance_tables(x, transposed, norms, reach, curvatures, metric, tables):
     """``tables[q, m, j]`` = distance of query q's point x[q, m] (dsub floats) to codeword j of subspace m.
 
     metric: GEODESIC distances, these SQUARED, or minus the INNER_PRODUCT. Computed in float64, one query after the other, and
@@ -297,7 +297,7 @@ def distance_tables(x, transposed, norms, reach, curvatures, metric, tables):  #
     "void(Array(float32, 1, 'C', readonly=True), Array(float32, 3, 'C', readonly=True), Array(float64, 3, 'C', readonly=True),"
     "Array(float64, 2, 'C', readonly=True), float64, float64[:,::1])"
 )
-def chords(x, transposed, norms, reach, theta, squared):  # type: ignore[no-untyped-def]
+def chords(x, transposed, norms, reach, theta, squared):
     """``squared[b, i]`` = squared Lorentzian distance of x to point i of block b; blocks are prepared as codebooks are."""
     for b in range(len(transposed)):
         _chords(x, transposed[b], norms[b], reach[b], theta, squared[b])
@@ -307,7 +307,7 @@ def chords(x, transposed, norms, reach, theta, squared):  # type: ignore[no-unty
 
 
 @device_function
-def _nearest(x, transposed, norms, reach, theta):  # type: ignore[no-untyped-def]
+def _nearest(x, transposed, norms, reach, theta):
     """The codeword nearest to x, in float64: by score, and the closest by distance, ties to the smaller."""
     xx = _norm2(x)
     cosh_x = math.sqrt(1 + theta * xx)
@@ -334,7 +334,7 @@ def _nearest(x, transposed, norms, reach, theta):  # type: ignore[no-untyped-def
 
 
 @device_function
-def _two_best(block, cosh, lanes, book, norms, score, best, second, code):  # type: ignore[no-untyped-def]
+def _two_best(block, cosh, lanes, book, norms, score, best, second, code):
     """The two least scores of each lane's point over all codewords, and the number of the first.
 
     The score is ``cosh(x)·h - x·c``, half the squared distance but for a term of x alone: see
@@ -374,7 +374,7 @@ def _two_best(block, cosh, lanes, book, norms, score, best, second, code):  # ty
     "void(Array(float32, 3, 'C', readonly=True), Array(float32, 3, 'C', readonly=True), Array(float64, 3, 'C', readonly=True),"
     "Array(float64, 2, 'C', readonly=True), Array(float32, 1, 'C', readonly=True), uint8[:,::1])"
 )
-def assign(x, transposed, norms, reach, curvatures, codes):  # type: ignore[no-untyped-def]
+def assign(x, transposed, norms, reach, curvatures, codes):
     """``codes[i, m]`` = codeword of subspace m that is nearest to point x[i, m] (dsub floats), ties to the smaller.
 
     Scores in float32 settle all points but those whose two best lie within their rounding errors; these are looked at in
@@ -416,7 +416,7 @@ def assign(x, transposed, norms, reach, curvatures, codes):  # type: ignore[no-u
 
 
 @kernel("void(Array(float32, 2, 'C', readonly=True), float64, Array(uint8, 1, 'C', readonly=True), float32[:,::1])")
-def move_centers(x, theta, codes, centers):  # type: ignore[no-untyped-def]
+def move_centers(x, theta, codes, centers):
     """k-means step: ``centers[j]`` = Lorentzian midpoint of the points x[i] with codes[i] = j; left alone if there are none.
 
     The midpoint is ``S/√N`` with S = Σ x and N = T² - θ|S|², T = Σ cosh aᵢ, sinh aᵢ = √θ|xᵢ|. N is taken as
