@@ -169,7 +169,12 @@ class _Search:
         """All of it, in one thread."""
         yield from self.begin()
         yield from self.visit(0)
+        yield from self.close()
+
+    def close(self) -> Iterator[None]:
+        """``finish``, and let go of everything but the results: other chunks are waiting for the memory."""
         yield from self.finish()
+        del self.tables, self.lows, self.small, self.states, self.D, self.I
 
     def plan(self) -> tuple[IntArray, IntArray]:
         """Who goes where: ``visits`` (n, 4) and ``members``, the rows, of the scan kernels."""
@@ -326,4 +331,4 @@ def _carry_out(searches: Sequence[_Search]) -> None:
     for search in searches:
         run_tasks(lambda search: search.begin(), [search])
         run_tasks(search.visit, range(parts))
-        run_tasks(lambda search: search.finish(), [search])
+        run_tasks(lambda search: search.close(), [search])

@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -304,6 +305,25 @@ def test_a_sample_that_misleads_costs_time_only(level: str, monkeypatch: pytest.
     hyperfaiss.set_num_threads(1)
     assert_same(ref_nearest(tables, codes, 700), comp_nearest(tables, view_of(codes), 700))
     assert len(wholes) == 2  # the chunk, and query 1 again
+
+
+@pytest.mark.parametrize("nq", [2, 5000])
+def test_memory_does_not_grow_with_the_queries(nq: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of all queries at once would take 5000 · 8 KB = 40 MB."""
+    rng = np.random.default_rng(12)
+    view, table = view_of(rng.integers(0, 256, (300, 8), dtype=np.uint8)), make_tables("random", 1, 8, 256, rng)[0]
+    monkeypatch.setattr(search, "_WORTH_A_THREAD", 100)
+    hyperfaiss.set_num_threads(2)
+    comp_nearest(table[None], view, 3)  # compiled
+    D, I = np.empty((nq, 3), np.float32), np.empty((nq, 3), np.int64)
+    tracemalloc.start()
+    try:
+        search.nearest(lambda rows: np.repeat(table[None], rows.stop - rows.start, axis=0), nq, view, 3, D, I)
+        assert tracemalloc.get_traced_memory()[1] < 2 * 3 * search._TABLE_BYTES
+        search.within(lambda rows: np.repeat(table[None], rows.stop - rows.start, axis=0), nq, view, 0.1)
+        assert tracemalloc.get_traced_memory()[1] < 2 * 3 * search._TABLE_BYTES
+    finally:
+        tracemalloc.stop()
 
 
 class Spy:
