@@ -264,21 +264,25 @@ class HyperbolicProductQuantizer:
 
     def clip(self, vectors: FloatArray) -> FloatArray:
         """Tangent vectors (n, d) float32 with each subspace's part clipped to ``clip_radius``, as coding does it first."""
-        shape, flat = (len(vectors), self.M, self.dsub), np.zeros(self.M, np.float32)
-        clipped = np.empty(shape, np.float32)  # at curvature 0 the map is the identity
-        kernels.map_points(vectors.reshape(shape), self.clip_radius or np.inf, flat, clipped)
-        return clipped.reshape(vectors.shape)
+        flat = np.zeros(self.M, np.float32)  # at curvature 0 the map is the identity
+        return self._mapped(vectors, flat).reshape(vectors.shape)
+
+    def _mapped(self, vectors: FloatArray, curvatures: FloatArray) -> FloatArray:
+        """Points (n, M, dsub) of tangent vectors (n, d), clipped and mapped; inf where they leave float32."""
+        parts = vectors.reshape(len(vectors), self.M, self.dsub)
+        points = np.empty_like(parts)
+        kernels.map_points(parts, self.clip_radius or np.inf, curvatures, points)
+        return points
 
     def _points(self, vectors: FloatArray, numbers: int | npt.NDArray[np.int64] = 0) -> FloatArray:
         """Points (n, M, dsub) of tangent vectors (n, d). An error names a row by ``numbers``: of the first, or of each."""
-        parts = vectors.reshape(len(vectors), self.M, self.dsub)
-        points = np.empty_like(parts)
-        kernels.map_points(parts, self.clip_radius or np.inf, self.curvatures, points)
+        points = self._mapped(vectors, self.curvatures)
         if not np.isfinite(points).all():
             row, m, _ = np.argwhere(~np.isfinite(points))[0]
+            part = vectors[row].reshape(self.M, self.dsub)[m]
             number = numbers + row if isinstance(numbers, int) else numbers[row]
             raise InvalidVectorsError(
-                f"row {number}: a tangent vector of norm {np.linalg.norm(parts[row, m]):.4g} maps beyond "
+                f"row {number}: a tangent vector of norm {np.linalg.norm(part):.4g} maps beyond "
                 f"float32 at curvature -{self.curvatures[m]:g}; scale the vectors or set clip_radius"
             )
         return points

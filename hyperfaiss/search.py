@@ -148,9 +148,9 @@ class _Search:
         self.small = np.empty((parts, self.nq, M, ksub), np.uint8)
         self.states = np.zeros((parts, self.nq), kernels.STATE)
         self.D, self.I = np.empty((parts, self.nq, capacity), np.float32), np.empty((parts, self.nq, capacity), np.int64)
-        self.states["limit"], self.states["limit_id"] = np.inf, kernels.EMPTY
-        for part in range(parts):
-            kernels.prepare(self.tables, self.lows, self.states[part])
+        kernels.prepare(self.tables, self.lows, self.states[0])
+        self.states[0]["limit"], self.states[0]["limit_id"] = np.inf, kernels.EMPTY
+        self.states[1:] = self.states[0]
 
     def visit(self, part: int) -> Iterator[None]:
         """One part's share of every list that the queries visit."""
