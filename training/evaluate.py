@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from hyperfaiss import HyperbolicPQIndex, Model
 from hyperfaiss.errors import InvalidParameterError, InvalidVectorsError
+from hyperfaiss.metrics import precision_and_ap
 
 __all__ = ["Evaluation", "Searchable", "average_precision", "evaluate_index", "evaluate_model", "mean_average_precision"]
 
@@ -47,11 +48,8 @@ class Evaluation:
 
 
 def average_precision(relevant: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    """AP of ranked lists: ``relevant`` (nq, N) bool to (nq,), ``Σᵢ precision(i)·rel(i) / (hits within N)``; 0 without hits."""
-    hits = relevant.cumsum(axis=1, dtype=np.int64)
-    precision = hits / np.arange(1, relevant.shape[1] + 1)
-    ap: npt.NDArray[np.float64] = (precision * relevant).sum(axis=1) / np.maximum(hits[:, -1], 1)
-    return ap
+    """AP of ranked lists: ``relevant`` (nq, N) bool to (nq,), see ``hyperfaiss.metrics``."""
+    return precision_and_ap(relevant)[1][:, -1]
 
 
 def mean_average_precision(

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from ..checks import as_integer
 from ..errors import CorruptFileError, FileFormatError, InvalidParameterError, InvalidVectorsError
+from ..metrics import precision_and_ap
 from . import files
 from .results import Hits, Results
 from .sources import Paths, Source, as_source, open_parquet
@@ -157,12 +158,10 @@ class _Labels:
         same: npt.NDArray[np.bool_] = np.zeros(hits.I.shape, bool)
         wanted = np.broadcast_to(self._asked[first : first + len(found), None], found.shape)
         same[found] = self._base[self._rows(hits, found)] == wanted[found]
-        counts = same.cumsum(axis=1)
-        precision = counts / np.arange(1, same.shape[1] + 1)
-        gained = (precision * same).cumsum(axis=1)
+        precision, ap = precision_and_ap(same)
         scores = []
         for n in lengths:
-            scores.append((f"map@{n}", float((gained[:, n - 1] / np.maximum(counts[:, n - 1], 1)).sum())))
+            scores.append((f"map@{n}", float(ap[:, n - 1].sum())))
             scores.append((f"precision@{n}", float(precision[:, n - 1].sum())))
         return scores
 
