@@ -24,9 +24,10 @@ import os
 import struct
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +35,7 @@ import numpy.typing as npt
 from ._version import __version__
 from .errors import CorruptFileError, FileFormatError, InvalidParameterError, UnsupportedVersionError
 
-__all__ = ["Reader", "Source", "Target", "TensorPieces", "atomic_path", "write_tensors"]
+__all__ = ["Header", "Reader", "Source", "Stored", "Target", "TensorPieces", "atomic_path", "read_header", "write_tensors"]
 
 # (major, minor): a file with a newer minor version opens, one with another major version does not.
 FORMAT = (1, 1)
@@ -121,6 +122,76 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+class Stored(NamedTuple):
+    """Where a tensor is: its dtype in safetensors's words, and its bytes ``start`` to ``start + nbytes`` of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself.
+
+    name : of the file.
+    kind : of the object that it holds.
+    version : of the format, (major, minor).
+    library : version of the library that wrote it.
+    fields : the object's own.
+    sha256 : checksums of the tensors by name, "" for empty ones.
+    digest : checksum of all else in the header, and so of the whole content.
+    intact : whether that is so.
+    tensors : where they are, by name.
+    end : first byte behind the last tensor.
+    """
+
+    name: str
+    kind: str
+    version: tuple[int, ...]
+    library: str
+    fields: dict[str, Any]
+    sha256: dict[str, str]
+    digest: str
+    intact: bool
+    tensors: dict[str, Stored]
+    end: int
+
+    def require(self, kind: str) -> None:
+        """Raise UnsupportedVersionError, CorruptFileError or FileFormatError unless the file is a sound one of this kind."""
+        if self.version[:1] != FORMAT[:1]:
+            raise UnsupportedVersionError(
+                f"{self.name} has format {'.'.join(map(str, self.version))}, written by hyperfaiss {self.library}; "
+                f"this hyperfaiss {__version__} reads {FORMAT[0]}.x"
+            )
+        if not self.intact:
+            raise CorruptFileError(f"{self.name}: the header does not match its checksum")
+        if self.kind != kind:
+            raise FileFormatError(f"{self.name} holds {_a(self.kind)}, expected {_a(kind)}")
+
+
+def read_header(file: BinaryIO, name: str, *, alone: bool) -> Header:
+    """The header of the hyperfaiss file that begins at the position of ``file``. Reads no more than that.
+
+    The layout of the tensors is checked against the length of ``file``, of which it is all if ``alone``. ``name`` is for
+    messages. Raises CorruptFileError (not a whole safetensors file), FileFormatError (one, but not of hyperfaiss); whether
+    the header is sound is left to ``Header.require``.
+    """
+    metadata, tensors, end = _read_layout(file, name, alone)
+    if _KEY not in metadata:
+        raise FileFormatError(f"{name} is a safetensors file, but not one of hyperfaiss")
+    try:
+        header = json.loads(metadata[_KEY])
+        digest = header.pop("digest")
+        return Header(
+            name, str(header["kind"]), tuple(map(int, header["format"])), str(header.get("library")), dict(header["fields"]),
+            dict(header["sha256"]), digest, digest == _header_digest(header), tensors, end,
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptFileError(f"{name}: unreadable header: {error!r}") from error
+
+
 class Reader:
     """An open file of a known ``kind``: ``fields`` from its header, and checked tensors by name. A context manager.
 
@@ -137,9 +208,9 @@ class Reader:
         self._file = _opened(source)
         self.name = str(source if self._owned else getattr(source, "name", type(source).__name__))
         try:
-            self._start = self._file.tell()
-            self._read_layout()
-            self._read_header(kind)
+            self._header = read_header(self._file, self.name, alone=self._owned)
+            self._header.require(kind)
+            self.fields = self._header.fields
             self._map = self._mapped() if map else None
         except BaseException:
             self._close()
@@ -150,7 +221,7 @@ class Reader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if not self._owned:
-            self._file.seek(self._end)
+            self._file.seek(self._header.end)
         self._close()
 
     def corrupt(self, reason: str) -> CorruptFileError:
@@ -172,7 +243,7 @@ class Reader:
         return value
 
     def __contains__(self, name: str) -> bool:
-        return name in self._layout
+        return name in self._header.tensors
 
     def tensor(
         self, name: str, dtype: npt.DTypeLike, shape: tuple[int | None, ...], *, large: bool = False
@@ -181,9 +252,9 @@ class Reader:
 
         A mapped one can't be written to.
         """
-        if name not in self._layout:
+        if name not in self._header.tensors:
             raise self.corrupt(f"tensor {name!r} is missing")
-        stored, found, start, nbytes = self._layout[name]
+        stored, found, start, nbytes = self._header.tensors[name]
         wanted = np.dtype(dtype)
         if len(found) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found, strict=True)):
             raise self.corrupt(f"tensor {name!r} should have shape {shape}, has {found}")
@@ -195,55 +266,11 @@ class Reader:
         else:
             array = np.empty(found, wanted)
             self._read_into(array, start)
-        if (self._verify or not large) and self._digests.get(name) != _digest(array):
+        if (self._verify or not large) and self._header.sha256.get(name) != _digest(array):
             raise self.corrupt(f"tensor {name!r} does not match its checksum")
         return array
 
     # ---------------------------------------------------------------------------------------------- inside
-
-    def _read_layout(self) -> None:
-        """Dtype, shape, start and size of every tensor, checked against the file's length."""
-        size = self._file.seek(0, io.SEEK_END) - self._start
-        self._file.seek(self._start)
-        try:
-            (length,) = struct.unpack("<Q", self._file.read(8))
-            if length > min(size - 8, _MAX_HEADER):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            layout = json.loads(self._file.read(length))
-            self._metadata = layout.pop("__metadata__", None) or {}
-            begin = self._start + 8 + length
-            self._layout = {name: _checked_entry(entry, begin) for name, entry in layout.items()}
-            self._end = begin
-            for _, _, start, nbytes in sorted(self._layout.values(), key=lambda entry: entry[2:]):
-                if start != self._end:
-                    raise ValueError(f"tensors are not one after the other: one starts at {start} instead of {self._end}")
-                self._end += nbytes
-            whole = self._end - self._start
-            if whole > size or (self._owned and whole < size):
-                raise ValueError(f"{whole} bytes expected, {size} found")
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise self.corrupt(f"not a whole safetensors file: {error}") from error
-
-    def _read_header(self, kind: str) -> None:
-        if _KEY not in self._metadata:
-            raise FileFormatError(f"{self.name} is a safetensors file, but not one of hyperfaiss")
-        try:
-            header = json.loads(self._metadata[_KEY])
-            version, found = tuple(map(int, header["format"])), header["kind"]
-            self.fields: dict[str, Any] = dict(header["fields"])
-            self._digests = dict(header["sha256"])
-            intact = header.pop("digest") == _header_digest(header)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise self.corrupt(f"unreadable header: {error!r}") from error
-        if version[:1] != FORMAT[:1]:
-            raise UnsupportedVersionError(
-                f"{self.name} has format {'.'.join(map(str, version))}, written by hyperfaiss {header.get('library')}; "
-                f"this hyperfaiss {__version__} reads {FORMAT[0]}.x"
-            )
-        if not intact:
-            raise self.corrupt("the header does not match its checksum")
-        if found != kind:
-            raise FileFormatError(f"{self.name} holds a {found}, expected a {kind}")
 
     def _mapped(self) -> mmap.mmap:
         try:
@@ -282,12 +309,41 @@ def _opened(source: Source) -> BinaryIO:
     return io.BytesIO(content)
 
 
-def _checked_entry(entry: Any, begin: int) -> tuple[str, tuple[int, ...], int, int]:
+def _read_layout(file: BinaryIO, name: str, alone: bool) -> tuple[dict[str, Any], dict[str, Stored], int]:
+    """The metadata, where each tensor is, and where the last one ends, checked against the file's length."""
+    first = file.tell()
+    size = file.seek(0, io.SEEK_END) - first
+    file.seek(first)
+    try:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(size - 8, _MAX_HEADER):
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        layout = json.loads(file.read(length))
+        metadata = layout.pop("__metadata__", None) or {}
+        end = first + 8 + length
+        tensors = {tensor: _checked_entry(entry, end) for tensor, entry in layout.items()}
+        for stored in sorted(tensors.values(), key=lambda stored: stored[2:]):
+            if stored.start != end:
+                raise ValueError(f"tensors are not one after the other: one starts at {stored.start} instead of {end}")
+            end += stored.nbytes
+        whole = end - first
+        if whole > size or (alone and whole < size):
+            raise ValueError(f"{whole} bytes expected, {size} found")
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptFileError(f"{name}: not a whole safetensors file: {error}") from error
+    return metadata, tensors, end
+
+
+def _checked_entry(entry: Any, begin: int) -> Stored:
     shape, (start, end) = entry["shape"], entry["data_offsets"]
     numbers = [*shape, start, end]
     if any(type(number) is not int or number < 0 for number in numbers) or end < start:
         raise ValueError(f"{entry} is no tensor")
-    return entry["dtype"], tuple(shape), begin + start, end - start
+    return Stored(entry["dtype"], tuple(shape), begin + start, end - start)
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind[:1] in "aeiou" else f"a {kind}"
 
 
 def _header_digest(header: dict[str, Any]) -> str:

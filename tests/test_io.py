@@ -249,7 +249,8 @@ def test_wrong_kind(kind: str, tmp_path: Path) -> None:
     saved(kind, tmp_path / "file")
     written = "index" if "index" in kind else kind
     for other in {"codec", "model", "index"} - {written}:
-        with pytest.raises(FileFormatError, match=f"holds a {written}, expected a {other}"):
+        articles = {"codec": "a codec", "model": "a model", "index": "an index"}
+        with pytest.raises(FileFormatError, match=f"holds {articles[written]}, expected {articles[other]}"):
             KINDS[other][2](tmp_path / "file")
 
 

@@ -136,7 +136,7 @@ def build(
     folder, budget = files.absolute(output), Budget(memory)
     if codec is not None:
         codec = files.absolute(codec)
-        kept: dict[str, Any] = {"codec": file_header(codec)["digest"], "nlist": nlist, "train_rows": train_rows}
+        kept: dict[str, Any] = {"codec": file_header(codec).digest, "nlist": nlist, "train_rows": train_rows}
         empty = load_empty(codec, nlist)
     else:
         options = {"metric": metric, "curvature": curvature, "clip_radius": clip_radius, "seed": seed}
@@ -167,7 +167,7 @@ def build(
             with files.writing(plan.template) as path:
                 write_index(empty, path)
         runner.run(plan.shard, job.todo, bar.advance)
-        ntotal = [file_header(files.join(folder, name))["fields"]["ntotal"] for name in names]
+        ntotal = [file_header(files.join(folder, name)).fields["ntotal"] for name in names]
         details = {"shards": len(names), "vectors": sum(ntotal), "bytes_per_vector": empty.code_size}
         return job.finish(source.n, job.rows(ranges), details, {"ntotal": ntotal})
 
@@ -201,7 +201,7 @@ def _from_factory(d: int, text: str, metric: Any, curvature: float, clip_radius:
 
 def load_empty(url: str, nlist: int | None = None) -> Any:
     """An empty index from a file of a codec, a model or an index; with ``nlist``, of untrained lists."""
-    kind = file_header(url)["kind"]
+    kind = file_header(url).kind
     if nlist is not None and kind == "index":
         raise InvalidParameterError(f"nlist = {nlist} is for codecs and models, {url} holds an index")
     with tempfile.TemporaryDirectory(prefix="hyperfaiss-") as cache:

@@ -204,7 +204,7 @@ def encode(
     ranges = tuple(split(0, source.n, rows))
     names = tuple(tuple(_names(f"part-{i:05d}", format, content)) for i in range(len(ranges)))
     fingerprint = {
-        "vectors": source.describe(), "codec": None if codec is None else file_header(codec)["digest"],
+        "vectors": source.describe(), "codec": None if codec is None else file_header(codec).digest,
         "options": {"content": content, "format": format, "part_rows": rows}, "versions": versions(),
     }  # fmt: skip
     batch_rows = Budget(memory).rows(source.d * 4 * 6 + width * 4, 0.4, 1, rows)
@@ -245,8 +245,9 @@ def _open(vectors: Source | Images | Paths, codec: str | None, content: Content)
             raise InvalidParameterError("the inputs are embeddings already: content 'embeddings' is for images")
         return as_source(vectors)
     backbone = vectors.backbone
-    if backbone is None and codec is not None and file_header(codec)["kind"] == "model":
-        backbone = file_header(codec)["fields"].get("backbone")
+    if backbone is None and codec is not None:
+        header = file_header(codec)
+        backbone = header.fields.get("backbone") if header.kind == "model" else None
     if backbone is None:
         raise InvalidParameterError(f"{codec or 'without a model, nothing'} names no backbone: give one")
     return _ImageSource(Images(**(vars(vectors) | {"backbone": backbone})))

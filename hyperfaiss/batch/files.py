@@ -39,6 +39,7 @@ __all__ = [
     "make_folder",
     "open_bytes",
     "open_file",
+    "open_head",
     "read_bytes",
     "remove",
     "writing",
@@ -46,6 +47,8 @@ __all__ = [
 
 # Stores that show an object when its upload is complete, and whose "rename" would be one more copy of it.
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "memory"})
+# Bytes of a remote file that are read ahead where only its beginning is wanted; file systems' own default is up to 50 MB.
+_HEAD = 64 << 10
 # What says that the content of a file has changed, the best first.
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "md5Hash", "created")
 
@@ -163,6 +166,12 @@ def open_file(url: str) -> Any:
     """What pyarrow may be given to read a file: the path of a local one, else an open binary file."""
     fs, path = file_system(url)
     return path if isinstance(fs, LocalFileSystem) else fs.open(path, "rb")
+
+
+def open_head(url: str) -> Any:
+    """A file, open to read some of its first bytes: of a remote one, these in one request, and few more."""
+    fs, path = file_system(url)
+    return Path(path).open("rb") if isinstance(fs, LocalFileSystem) else fs.open(path, "rb", block_size=_HEAD)
 
 
 def as_local(url: str, cache: str | os.PathLike[str]) -> Path:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import posixpath
 from typing import Any
 
+from ..io import Header
 from ..search import simd_level
 from . import files
 from .job import MANIFEST, read_manifest
@@ -66,15 +66,14 @@ def _stem(part: str | list[str]) -> str:
     return part if isinstance(part, str) else part[0].split(".")[0]
 
 
-def _file(url: str, header: dict[str, Any]) -> dict[str, Any]:
-    fields = header["fields"]
-    kind = f"{fields['type']} index" if header["kind"] == "index" and "type" in fields else header["kind"]
+def _file(url: str, header: Header) -> dict[str, Any]:
+    fields = header.fields
     described = {
         "path": url,
-        "kind": kind,
-        "format": ".".join(map(str, header["format"])),
-        "library": header["library"],
-        "bytes": header["bytes"],
+        "kind": f"{fields['type']} index" if header.kind == "index" and "type" in fields else header.kind,
+        "format": ".".join(map(str, header.version)),
+        "library": header.library,
+        "bytes": header.end,
     }
     described |= {
         name: fields[name] for name in ("ntotal", "next_id", "stored_ids", "nlist", "nprobe", "backbone") if name in fields
@@ -86,18 +85,18 @@ def _file(url: str, header: dict[str, Any]) -> dict[str, Any]:
     }
     if "projector" in fields:
         described["projector"] = "->".join(map(str, fields["projector"]["widths"]))
-    described["tensors"] = {name: f"{dtype} {list(shape)}" for name, (dtype, shape, _) in sorted(header["tensors"].items())}
+    described["tensors"] = {name: f"{stored.dtype} {list(stored.shape)}" for name, stored in sorted(header.tensors.items())}
     return described | {"simd_level": simd_level()}
 
 
-def _checksums_hold(url: str, header: dict[str, Any]) -> bool:
-    own = {name: value for name, value in header.items() if name not in ("digest", "tensors", "bytes", "begin")}
-    if header["digest"] != hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest():
+def _checksums_hold(url: str, header: Header) -> bool:
+    if not header.intact:
         return False
-    for name, (_, _, (start, stop)) in header["tensors"].items():
+    for name, stored in header.tensors.items():
         digest = hashlib.sha256()
-        for at in range(start, stop, _PIECE):
-            digest.update(files.read_bytes(url, header["begin"] + at, header["begin"] + min(at + _PIECE, stop)))
-        if header["sha256"].get(name) != (digest.hexdigest() if stop > start else ""):
+        end = stored.start + stored.nbytes
+        for at in range(stored.start, end, _PIECE):
+            digest.update(files.read_bytes(url, at, min(at + _PIECE, end)))
+        if header.sha256.get(name) != (digest.hexdigest() if stored.nbytes else ""):
             return False
     return True

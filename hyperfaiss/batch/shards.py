@@ -8,10 +8,8 @@ sees its own count.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import posixpath
-import struct
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ import pyarrow as pa
 
 from ..errors import CorruptFileError, FileFormatError, InvalidParameterError
 from ..index import read_index
+from ..io import Header, read_header
 from ..selectors import SearchParameters
 from . import files
 from .job import read_manifest
@@ -35,7 +34,6 @@ __all__ = ["SUFFIX", "KeyTable", "Shard", "ShardReader", "file_header", "find_sh
 
 SUFFIX = ".index"
 _KEYS_SUFFIX = ".keys.arrow"
-_HEADER_LIMIT = 64 << 20
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -76,34 +74,15 @@ def keys_url(url: str) -> str:
     return url.removesuffix(SUFFIX) + _KEYS_SUFFIX
 
 
-def file_header(url: str) -> dict[str, Any]:
-    """The ``hyperfaiss`` header of a file. Reads no more than that.
+def file_header(url: str) -> Header:
+    """The header of a hyperfaiss file, of whatever kind. Reads no more than that.
 
-    Added to it: ``tensors``, name → (dtype, shape, range of bytes from ``begin`` on), and ``bytes``, the size of the file.
-
-    Raises FileNotFoundError, CorruptFileError (not a safetensors file), FileFormatError (one, but not of hyperfaiss).
+    Raises FileNotFoundError, CorruptFileError (not a whole safetensors file), FileFormatError (one, but not of hyperfaiss).
     """
-    file = files.file_info(url)
-    if file is None:
+    if files.file_info(url) is None:
         raise FileNotFoundError(f"no file {url!r}")
-    try:
-        length = struct.unpack("<Q", files.read_bytes(url, 0, 8))[0]
-        if length > min(file.size, _HEADER_LIMIT):
-            raise ValueError(f"a header of {length} bytes")
-        described = json.loads(files.read_bytes(url, 8, 8 + length))
-        metadata = described.pop("__metadata__", {})
-        tensors = {name: (entry["dtype"], entry["shape"], entry["data_offsets"]) for name, entry in described.items()}
-    except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
-        raise CorruptFileError(f"{url} is not a whole safetensors file: {error}") from error
-    if "hyperfaiss" not in metadata:
-        raise FileFormatError(f"{url} is a safetensors file, but not one of hyperfaiss")
-    try:
-        header: dict[str, Any] = json.loads(metadata["hyperfaiss"])
-        if not isinstance(header["kind"], str) or not isinstance(header["fields"], dict):
-            raise TypeError("no kind or no fields")
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptFileError(f"{url}: unreadable header: {error!r}") from error
-    return header | {"tensors": tensors, "begin": 8 + length, "bytes": file.size}
+    with files.open_head(url) as file:
+        return read_header(file, url, alone=True)
 
 
 def find_shards(paths: Paths) -> list[Shard]:
@@ -159,20 +138,19 @@ def _shard(url: str, builds: dict[str, dict[str, Any] | None]) -> Shard:
     if manifest is not None and manifest["kind"] == "build":
         described = next((shard for shard in manifest["output"]["shards"] if shard["name"] == name), {})
     header = file_header(url)
-    if header["kind"] != "index":
-        raise FileFormatError(f"{url} holds a {header['kind']}, expected an index")
-    fields = header["fields"]
+    header.require("index")
+    fields = header.fields
     d = fields["projector"]["widths"][0] if "projector" in fields else fields["codec"]["d"]
     keys = keys_url(url)
     return Shard(
         url=url,
         add_id=described.get("add_id", 0),
-        digest=header["digest"],
+        digest=header.digest,
         ntotal=fields["ntotal"],
         d=d,
         ivf=fields["type"] == "ivf",
         counts=not fields["stored_ids"],
-        bytes=header["bytes"],
+        bytes=header.end,
         keys=keys if files.file_info(keys) is not None else None,
     )
 

@@ -14,7 +14,7 @@ from hyperfaiss.batch import build, encode, info, open_source
 from hyperfaiss.batch.build import sample
 from hyperfaiss.batch.memory import Budget, as_bytes
 from hyperfaiss.batch.shards import ShardReader, find_shards
-from hyperfaiss.errors import FileFormatError, InvalidParameterError, InvalidVectorsError
+from hyperfaiss.errors import CorruptFileError, FileFormatError, InvalidParameterError, InvalidVectorsError
 
 
 def entries(shards):
@@ -198,6 +198,11 @@ def test_shards_that_do_not_belong_together_are_refused(tmp_path, xb, codec, par
         find_shards([both[0], str(tmp_path / "other.index")])
     with pytest.raises(FileFormatError, match="holds a codec, expected an index"):
         find_shards(str(codec))
+    whole = (tmp_path / "other.index").read_bytes()
+    for damaged, reason in ((whole[:-1], "bytes expected"), (whole.replace(b"geodesic", b"squared "), "does not match")):
+        (tmp_path / "other.index").write_bytes(damaged)
+        with pytest.raises(CorruptFileError, match=f"other.index: .*{reason}"):
+            find_shards(str(tmp_path / "other.index"))
     with pytest.raises(FileNotFoundError):
         find_shards(str(tmp_path / "none"))
     manifest = tmp_path / "a" / "_job.json"
