@@ -56,10 +56,17 @@ def clip(v: Array, radius: float | None) -> Array:
         return _narrow(v, out)
     if not radius > 0:
         raise InvalidParameterError(f"clip radius must be positive or None, got {radius!r}")
-    norm2 = _dot(xp, v, v)
-    outside = norm2 > radius**2
+    radius, measured, unit = float(radius), v, 1.0
+    if out == xp.float64:  # whose squares may leave it: long vectors are measured in another unit, a power of two
+        long = (abs(v) > 1e150).any(-1)
+        one = xp.ones_like(long, dtype=xp.float64)
+        unit = xp.where(long, 2.0**-600 * one, one)
+        measured = v * unit[..., None]
+    norm2 = _dot(xp, measured, measured)
+    with np.errstate(over="ignore"):
+        outside = norm2 > (radius * unit) * (radius * unit)
     # The root is only taken of lengths outside the ball, where its derivative is bounded.
-    scale = xp.where(outside, radius / xp.sqrt(xp.where(outside, norm2, _one(xp, norm2))), _one(xp, norm2))
+    scale = xp.where(outside, radius * unit / xp.sqrt(xp.where(outside, norm2, _one(xp, norm2))), _one(xp, norm2))
     return _narrow(v * scale[..., None], out)
 
 

@@ -237,6 +237,32 @@ def test_clip() -> None:
     np.testing.assert_array_equal(lorentz.clip(v, None), v)
 
 
+@pytest.mark.parametrize("radius", [1e-100, 1.5, 1e154, 1e155, 1e300])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_clip_where_squares_overflow(dtype: type, radius: float) -> None:
+    """Neither the radius nor a length may be squared naively: 1e155² is no float64."""
+    rng = np.random.default_rng(12)
+    largest = 38 if dtype is np.float32 else 307
+    v = (random_points(rng, 60, 3) / 4 * np.logspace(-5, largest, 60)[:, None]).astype(dtype)
+    norm = np.array([math.hypot(*row) for row in v.tolist()])
+    ref = np.where((norm > radius)[:, None], radius * (v.astype(np.float64) / norm[:, None]), v)
+    for comp in (lorentz.clip(v, radius), lorentz.clip(torch.from_numpy(v), radius).numpy()):
+        assert comp.dtype == dtype
+        np.testing.assert_allclose(comp, ref, rtol=4 * np.finfo(dtype).eps, atol=1e-45)
+        np.testing.assert_array_equal(comp[norm <= radius], v[norm <= radius])
+    assert lorentz.clip(np.ones((2, 0), dtype), radius).shape == (2, 0)
+    row = v[40]
+    np.testing.assert_array_equal(lorentz.clip(row, radius), lorentz.clip(v, radius)[40])
+
+
+def test_clip_has_finite_gradients_of_long_vectors() -> None:
+    v = torch.tensor([[1e200, -2e250, 0.0], [3.0, 4.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    lorentz.clip(v, 1e160).sum().backward()
+    assert v.grad is not None
+    assert torch.isfinite(v.grad).all()
+    np.testing.assert_array_equal(v.grad[1].numpy(), 1)
+
+
 def test_exp0_beyond_the_dtype_is_inf_without_a_warning() -> None:
     for x in (np.array([[1000.0, 0.0]], np.float32), torch.tensor([[1000.0, 0.0]])):
         comp = lorentz.exp0(x, 1.0)
