@@ -2,7 +2,7 @@
 
 ::
 
-    from training.config import recipe
+    from training.recipes import recipe
     from training.export import export
     from training.train import train
     from training.views import EmbeddingViews
@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from training.checkpoint import Checkpoint
-    from training.config import TrainConfig, recipe
+    from training.config import TrainConfig
     from training.model import HiHPQ
+    from training.recipes import recipe
     from training.train import TrainingInterrupted, TrainResult
 
 __all__ = ["Checkpoint", "HiHPQ", "TrainConfig", "TrainResult", "TrainingInterrupted", "recipe"]
@@ -32,7 +33,7 @@ _HOMES = {
     "TrainConfig": "config",
     "TrainResult": "train",
     "TrainingInterrupted": "train",
-    "recipe": "config",
+    "recipe": "recipes",
 }
 
 

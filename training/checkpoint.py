@@ -17,11 +17,12 @@ from hyperfaiss.io import atomic_path
 from hyperfaiss.model import PrototypeLevel
 from training.config import TrainConfig
 from training.hierarchy import Hierarchy
-from training.model import HiHPQ
+from training.methods import build
+from training.model import Quantizer
 
 __all__ = ["Checkpoint", "load_state", "state_of"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -95,20 +96,20 @@ class Checkpoint:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CorruptFileError(f"{path} is not a usable checkpoint: {error!r}") from error
 
-    def build(self, backbone: nn.Module | None = None) -> HiHPQ:
+    def build(self, backbone: nn.Module | None = None) -> Quantizer:
         """The model in evaluation mode. Without its ``backbone`` module it takes features only."""
-        model = HiHPQ(self.d_in, self.config, backbone)
+        model = build(self.d_in, self.config, backbone)
         load_state(model, self.model)
         return model.eval()
 
 
-def state_of(model: HiHPQ) -> dict[str, Tensor]:
+def state_of(model: Quantizer) -> dict[str, Tensor]:
     """A copy of the state on the CPU, without the backbone's frozen parameters, which its own weights file has."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     return {name: t.detach().cpu().clone() for name, t in model.state_dict().items() if name not in frozen}
 
 
-def load_state(model: HiHPQ, state: Mapping[str, Tensor]) -> None:
+def load_state(model: Quantizer, state: Mapping[str, Tensor]) -> None:
     """Put back what :func:`state_of` gave; a backbone's state is ignored by a model without one.
 
     Raises CorruptFileError for a state of another model.

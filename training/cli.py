@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hyperfaiss.errors import HyperfaissError, InvalidParameterError, InvalidVectorsError
-from training.config import RECIPES, TrainConfig, recipe
+from training.config import TrainConfig
+from training.recipes import RECIPES, recipe
 
 if TYPE_CHECKING:
     from hyperfaiss.model import Model
@@ -124,7 +126,7 @@ def export(
         typer.echo(f"wrote {path}: {model.projector}, {model.codec.M} x {model.codec.nbits} bits")
 
 
-@app.command(name="eval", short_help="Mean average precision and speed of a model.")
+@app.command(name="eval", short_help="Precision, recall and codeword usage of a model.")
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The model file.")],
     database: Annotated[Path | None, _option("FILE", "Vectors to search: .npy, .npz or Parquet.")] = None,
@@ -140,13 +142,17 @@ def evaluate(
     cache: Annotated[Path | None, _option("DIR", "Where features are kept, such as RUN/cache (default: nowhere).")] = None,
     device: Annotated[str, _option("NAME", "Where the backbone computes: cpu or cuda.")] = "cpu",
     n: Annotated[int, _option("N", "Length of the result lists.", "-n", min=1)] = 1000,
+    at: Annotated[list[int] | None, _option("K", "P@K, recall@K; repeatable (default: 1, 10, 100).", "-k", min=1)] = None,
+    recall_queries: Annotated[int, _option("Q", "Queries to measure recall with; 0: none.", min=0)] = 1000,
+    depth: Annotated[int | None, _option("R", "Ranks of the curve; 0: all (default: 10000).", min=0)] = None,
+    plots: Annotated[Path | None, _option("DIR", "Write the precision-recall curve here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """\b
     hihpq eval x.safetensors --database db.npy --database-labels y.npy --queries q.npy --query-labels yq.npy
-    hihpq eval y.safetensors --data path/to/images --split train --query-split test
+    hihpq eval y.safetensors --data path/to/images --split train --query-split test --plots out
 
-    Mean average precision at N and speed of a model's index. Give vectors, or --data.
+    How well a model's index finds what shares the query's labels, and what its codes lose. Give vectors, or --data.
     """
     _only_one(database=database, data=data)
     of_vectors = database_labels, queries, query_labels
@@ -160,6 +166,7 @@ def evaluate(
     with _errors():
         from hyperfaiss.model import Model
         from training.evaluate import evaluate_model
+        from training.report import summary, write_report
 
         loaded = Model.load(model)
         if data is not None:
@@ -167,16 +174,21 @@ def evaluate(
         else:
             found = *_labelled(database, database_labels), *_labelled(queries, query_labels)
         x, y, xq, yq = found
-        figures = evaluate_model(loaded, x, xq, y, yq, n).to_dict()
+        figures = evaluate_model(
+            loaded, x, xq, y, yq, n,
+            quantisation=True,
+            at=at or (1, 10, 100),
+            depth=len(x) if depth == 0 else depth or (max(n, 10_000) if plots else n),
+            recall_queries=recall_queries,
+            verbose=sys.stderr.isatty(),
+        )  # fmt: skip
+        written = write_report({model.stem: figures}, plots) if plots else []
     if as_json:
-        typer.echo(json.dumps(figures))
+        typer.echo(json.dumps(figures.to_dict()))
         return
-    table = Table(show_header=False)
-    table.add_row(f"MAP@{figures['n']}", f"{100 * figures['map_at_n']:.2f} %")
-    table.add_row("queries per second", f"{figures['queries_per_second']:,.0f}")
-    table.add_row("bytes per vector", f"{loaded.codec.code_size}")
-    table.add_row("queries, database", f"{figures['queries']:,}, {figures['database']:,}")
-    Console().print(table)
+    Console().print(summary(figures, code_size=loaded.codec.code_size))
+    for path in written:
+        typer.echo(f"wrote {path}")
 
 
 def _labelled(path: Any, labels: Any) -> tuple[Any, Any]:

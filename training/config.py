@@ -13,23 +13,45 @@ from typing import Any, Literal
 
 from hyperfaiss.errors import InvalidParameterError
 
-__all__ = ["RECIPES", "Geometry", "TrainConfig", "recipe"]
+__all__ = ["METHODS", "QUIRKS", "Geometry", "Method", "TrainConfig"]
 
-Geometry = Literal["hyperbolic", "euclidean"]
+Method = Literal["hihpq", "spq", "mecoq", "cibhash", "bihalf"]
+METHODS: tuple[str, ...] = typing.get_args(Method)
+Geometry = Literal["hyperbolic", "euclidean", "cosine"]
+
+# What released code does beside its paper, by name; none is done unless ``TrainConfig.quirks`` asks for it.
+QUIRKS: dict[str, str] = {
+    "one-learning-rate": "HiHPQ: lr reaches every parameter, whatever lr_backbone, lr_codebook and lr_curvature say",
+    "decay-all": "HiHPQ: weight decay reaches codebooks and curvatures, too",
+    "raw-curvature": "HiHPQ: theta itself is learnt, clamped after each step, in place of its logarithm",
+    "first-positive": "HiHPQ: the instance loss takes the first item of the batch with the same prototype, be it the anchor "
+    "(which then stands in the denominator)",
+    "self-negative": "HiHPQ: the anchor's own distance of 0 stands in the denominator of the instance loss",
+    "batch-prototypes": "HiHPQ: the prototype loss compares with the prototypes of the batch's items, as often as they come",
+    "ward-on-all": "HiHPQ: Ward's method starts from single items, without k-means; quadratic in the training set",
+    "eval-after-warmup": "HiHPQ: from the first clustering on the model stays in evaluation mode",
+    "mecoq-frozen-codebooks": "MeCoQ: the codebooks are never trained",
+    "mecoq-broadcast": "MeCoQ: the debiased loss adds positives and negatives of wrong pairs, by a slip of broadcasting",
+}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Hyper-parameters of HiHPQ; immutable, checked when it is made.
 
-    The defaults are the recipe that did best on features of CIFAR-10; :func:`recipe` knows the paper's. Sizes that a
+    The recipes (:func:`training.recipes.recipe`) set the fields that they care about; the others are as below. Sizes that a
     small training set can't fill (batch, levels) shrink with it.
+
+    Method:
+        method: "hihpq", or one of the baselines that it is compared with, see :mod:`training.baselines`.
+        geometry: of HiHPQ: "hyperbolic"; "euclidean", the same method at curvature 0; or "cosine", which quantises and
+            compares as MeCoQ does: unit subvectors and codewords, inner products.
+        quirks: names of what released code does beside its paper, see ``QUIRKS``.
 
     Codes:
         M: number of subspaces. bits = M * nbits.
         nbits: bits of one code, 4 to 8.
         dsub: dimensions of a subspace.
-        geometry: "hyperbolic", or "euclidean": the same method at curvature 0.
 
     Model:
         hidden: width of the projector's hidden layer; 0 is a single linear layer.
@@ -61,7 +83,6 @@ class TrainConfig:
         lr_warmup: epochs of linear warm-up.
         momentum: of SGD.
         weight_decay: of projector and backbone.
-        decay_all: whether codebooks and curvatures (in log theta, so towards 1) decay, too.
         amp: bfloat16 autocast around backbone and projector; the geometry is float64 in any case.
 
     Run:
@@ -70,10 +91,13 @@ class TrainConfig:
         seed: of every random choice.
     """
 
+    method: Method = "hihpq"
+    geometry: Geometry = "hyperbolic"
+    quirks: tuple[str, ...] = ()
+
     M: int = 4
     nbits: int = 8
     dsub: int = 16
-    geometry: Geometry = "hyperbolic"
 
     hidden: int = 512
     power: float = 0.5
@@ -107,7 +131,6 @@ class TrainConfig:
     lr_warmup: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 5e-3
-    decay_all: bool = False
     amp: bool = False
 
     val_fraction: float = 0.1
@@ -121,6 +144,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise InvalidParameterError(f"{name} must be {expected}, got {value!r}")
+        unknown = [quirk for quirk in self.quirks if quirk not in QUIRKS]
+        if unknown:
+            raise InvalidParameterError(f"no quirks {unknown}; there are {', '.join(QUIRKS)}")
         if self.levels[0] > self.subclusters:
             raise InvalidParameterError(f"levels {self.levels} can't be merged from subclusters = {self.subclusters}")
 
@@ -224,9 +250,13 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__"):
             raise wrong
-        return tuple(_coerce(name, v, int) for v in value)
-    if hint is bool:
-        if not isinstance(value, bool):
+        return tuple(_coerce(name, v, typing.get_args(hint)[0]) for v in value)
+    return _scalar(value, hint, wrong)
+
+
+def _scalar(value: Any, hint: type, wrong: InvalidParameterError) -> Any:
+    if hint in (bool, str):
+        if not isinstance(value, hint):
             raise wrong
         return value
     if isinstance(value, (bool, str)):
@@ -243,65 +273,6 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
 def _spell(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    return {bool: "True or False", int: "an integer", float: "a finite number"}.get(hint, "a sequence of integers")
-
-
-# What the authors' runs share, beside the table below. One learning rate and one weight decay reach every parameter.
-_PAPER: dict[str, Any] = {
-    "hidden": 0, "power": 1.0, "center": False, "normalize": False, "codebook_init": "random", "curvature": 1.0,
-    "tau_qc": 0.2, "lambda1": 1.0, "lambda2": 0.1, "levels": (200, 100, 50), "epochs": 50, "batch_size": 128,
-    "lr": 0.01, "lr_backbone": 0.01, "lr_codebook": 0.01, "lr_curvature": 0.01, "lr_min": 1e-5, "lr_warmup": 1.0,
-    "momentum": 0.9, "weight_decay": 5e-3, "decay_all": True, "neighbours": 0,
-}  # fmt: skip
-
-
-def _paper(M: int, dsub: int, inverse_tau: float, clip_radius: float, warmup: int, **more: Any) -> dict[str, Any]:
-    return {"M": M, "dsub": dsub, "tau": 1 / inverse_tau, "clip_radius": clip_radius, "warmup": warmup} | more
-
-
-_II: dict[str, Any] = {"levels": (100, 50, 25)}
-_FLICKR: dict[str, Any] = {"levels": (50, 20), "tau_qc": 0.5}
-_NUS: dict[str, Any] = {"levels": (200, 100, 75)}
-
-# The segments of the authors' runs are 16 (or 8) wide with the time coordinate, which the projection drops.
-_PAPER_RUNS: dict[tuple[str, int], dict[str, Any]] = {
-    ("cifar10-i", 16): _paper(2, 15, 5, 0.8, 3),
-    ("cifar10-i", 32): _paper(4, 15, 5, 0.6, 5),
-    ("cifar10-i", 64): _paper(8, 7, 1, 1.5, 3),
-    ("cifar10-ii", 16): _paper(2, 15, 5, 0.8, 3, **_II),
-    ("cifar10-ii", 32): _paper(4, 15, 1, 1.5, 3, **_II),
-    ("cifar10-ii", 64): _paper(8, 7, 1, 1.5, 3, **_II),
-    ("flickr25k", 16): _paper(2, 15, 5, 1.5, 1, **_FLICKR),
-    ("flickr25k", 32): _paper(4, 15, 15, 0.5, 1, **_FLICKR),
-    ("flickr25k", 64): _paper(8, 7, 15, 0.5, 1, **_FLICKR),
-    ("nus-wide", 16): _paper(2, 15, 5, 0.8, 3, **_NUS),
-    ("nus-wide", 32): _paper(4, 15, 5, 0.8, 3, **_NUS, tau_qc=0.5),
-    ("nus-wide", 64): _paper(8, 15, 5, 0.8, 3, **_NUS, tau_qc=0.5),
-}
-
-RECIPES: tuple[str, ...] = ("default", "paper", *(f"paper-{run}" for run in dict.fromkeys(r for r, _ in _PAPER_RUNS)))
-
-
-def recipe(name: str = "default", *, bits: int | None = None, **changes: Any) -> TrainConfig:
-    """A configuration by name, for ``bits`` = 8·M bits a vector (default: ``changes["M"]`` codes, else 32 bits).
-
-    "default" is the library's own. "paper-cifar10-i", "paper-cifar10-ii", "paper-flickr25k" and "paper-nus-wide" are
-    the authors' runs at 16, 32 and 64 bits, "paper" is short for "paper-cifar10-ii"; they include what the authors'
-    code does with learning rates and weight decay. ``changes`` override single fields.
-    """
-    if name not in RECIPES:
-        raise InvalidParameterError(f"no recipe {name!r}; there are {', '.join(RECIPES)}")
-    nbits = changes.get("nbits", TrainConfig.nbits)
-    if bits is not None:
-        if "M" in changes:
-            raise InvalidParameterError(f"give bits or M, not both: got bits = {bits} and M = {changes['M']}")
-        if not isinstance(nbits, int) or nbits < 1 or bits < nbits or bits % nbits:
-            raise InvalidParameterError(f"bits must be a multiple of nbits = {nbits}, got {bits}")
-        changes["M"] = bits // nbits
-    if name == "default":
-        return TrainConfig.from_dict(changes)
-    run = "cifar10-ii" if name == "paper" else name.removeprefix("paper-")
-    M = changes.get("M", TrainConfig.M)
-    if (run, 8 * M) not in _PAPER_RUNS:
-        raise InvalidParameterError(f"recipe {name!r} is for M = 2, 4 or 8 (16, 32 or 64 bits), got M = {M}")
-    return TrainConfig.from_dict(_PAPER | _PAPER_RUNS[run, 8 * M] | changes)
+    if typing.get_origin(hint) is tuple:
+        return f"a sequence, each {_spell(typing.get_args(hint)[0])}"
+    return {bool: "True or False", int: "an integer", float: "a finite number", str: "a name"}[hint]

@@ -12,14 +12,14 @@ from hyperfaiss.errors import InvalidParameterError
 from hyperfaiss.model import Model, Projector, PrototypeLevel
 from training.checkpoint import Checkpoint
 from training.hierarchy import Hierarchy
-from training.model import HiHPQ
+from training.model import HiHPQ, Quantizer
 
 __all__ = ["export", "to_model"]
 
 
 @torch.no_grad()
 def to_model(
-    module: HiHPQ,
+    module: Quantizer,
     hierarchy: Hierarchy | None = None,
     *,
     backbone: str | None = None,
@@ -27,8 +27,12 @@ def to_model(
 ) -> Model:
     """The serving model of a trained module: preprocessing, projector, codebooks as points, curvatures, prototypes.
 
-    A trained backbone is not part of it: the model starts from that backbone's features.
+    A trained backbone is not part of it: the model starts from that backbone's features. Raises InvalidParameterError for a
+    baseline, or cosine geometry: a model's projector ends in its last layer, theirs in more.
     """
+    if not isinstance(module, HiHPQ) or module.config.geometry == "cosine":
+        got = f"method {module.config.method!r}, geometry {module.config.geometry!r}"
+        raise InvalidParameterError(f"only hyperbolic and Euclidean HiHPQ can be exported, got {got}")
     preprocessing = module.preprocessing
     layers = [(layer.weight, layer.bias) for layer in module.head if isinstance(layer, torch.nn.Linear)]
     layers[0] = (layers[0][0] * module.gain, layers[0][1])

@@ -16,7 +16,15 @@ from torch.nn import functional as F  # noqa: N812
 
 from hyperfaiss import lorentz
 
-__all__ = ["draw_partners", "instance_loss", "product_distance", "prototype_loss", "quantized_contrastive_loss"]
+__all__ = [
+    "batch_prototype_loss",
+    "draw_partners",
+    "first_partners",
+    "instance_loss",
+    "product_distance",
+    "prototype_loss",
+    "quantized_contrastive_loss",
+]
 
 
 def product_distance(x: Tensor, y: Tensor, theta: Tensor) -> Tensor:
@@ -77,14 +85,24 @@ def prototype_loss(distances: Sequence[Tensor], assignments: Tensor, tau_qc: flo
     return torch.stack(losses).mean()
 
 
-def instance_loss(distances: Tensor, partners: Tensor, tau_qc: float) -> Tensor:
+def batch_prototype_loss(distances: Sequence[Tensor], assignments: Tensor, tau_qc: float) -> Tensor:
+    """The prototype loss of the released code (quirk "batch-prototypes"): an anchor is compared with the prototypes of the
+    batch's items, each as often as an item has it, so that the anchor's own is also among the negatives."""
+    anchors = torch.arange(assignments.shape[1], device=assignments.device)
+    losses = [F.cross_entropy(-d[:, a] / tau_qc, anchors) for d, a in zip(distances, assignments, strict=True)]
+    return torch.stack(losses).mean()
+
+
+def instance_loss(distances: Tensor, partners: Tensor, tau_qc: float, *, with_self: bool = False) -> Tensor:
     """Instance loss (Eq. 19): the mean over levels and anchors of ``-log softmax`` at a partner of the same prototype.
 
     ``distances`` (N, N) are those between the soft-quantised anchors; ``partners`` (L, N) int64 comes from
     :func:`draw_partners`. The anchor itself is not in the denominator. An anchor without a partner (-1) adds nothing to
-    the sum, and the sum is divided by N in any case.
+    the sum, and the sum is divided by N in any case. ``with_self`` (quirk "self-negative") leaves the anchor in the
+    denominator, at distance 0.
     """
-    logits = _without_self(-distances / tau_qc)
+    logits = -distances / tau_qc
+    logits = logits if with_self else _without_self(logits)
     losses = [F.cross_entropy(logits, p, ignore_index=-1, reduction="sum") / len(p) for p in partners]
     return torch.stack(losses).mean()
 
@@ -99,6 +117,12 @@ def draw_partners(assignments: Tensor, keys: Tensor) -> Tensor:
     same &= ~torch.eye(assignments.shape[1], dtype=torch.bool, device=assignments.device)
     partners = torch.where(same, keys, torch.zeros_like(keys)).argmax(-1)
     return torch.where(same.any(-1), partners, torch.full_like(partners, -1))
+
+
+def first_partners(assignments: Tensor) -> Tensor:
+    """For each level and item of a batch, the first item with the same prototype (quirk "first-positive"): itself, for the
+    first. ``assignments`` (L, N) int64; returns (L, N) int64."""
+    return (assignments[:, :, None] == assignments[:, None, :]).to(torch.int8).argmax(-1)
 
 
 def _without_self(logits: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""HiHPQ as a module: features in, points on a product of Lorentz manifolds, soft-quantised points, losses out.
+"""Trainable quantisers: features in, losses out; and, in evaluation, vectors for an index.
+
+:class:`Quantizer` is what every method has, HiHPQ and the baselines of :mod:`training.baselines`: preprocessing, a head, and
+an index of its codes. :class:`HiHPQ` is the paper's:
 
     views ─ backbone ─ Preprocessing ─ head ─ tangent vectors ─ clip, exp map ─ points ─ soft quantiser ─ losses
             (or none)                          (B, M·dsub)                    (B, M, dsub)
@@ -10,8 +13,8 @@ the backbone and the head. Equation numbers are those of HiHPQ (Qiu et al., AAAI
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,27 +22,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from hyperfaiss import lorentz
+from hyperfaiss import HyperbolicPQIndex
 from hyperfaiss.codec import HyperbolicProductQuantizer
-from hyperfaiss.errors import InvalidVectorsError
+from hyperfaiss.errors import InvalidParameterError, InvalidVectorsError
 from training.config import TrainConfig
-from training.losses import draw_partners, instance_loss, product_distance, prototype_loss, quantized_contrastive_loss
+from training.losses import (
+    batch_prototype_loss,
+    draw_partners,
+    first_partners,
+    instance_loss,
+    prototype_loss,
+    quantized_contrastive_loss,
+)
+from training.spaces import Cosine, Lorentz, Space
 
-__all__ = ["CURVATURE_RANGE", "BatchHierarchy", "HiHPQ", "Losses", "Preprocessing"]
+__all__ = ["CURVATURE_RANGE", "BatchHierarchy", "HiHPQ", "Preprocessing", "Quantizer"]
 
 # The learnt curvatures are kept in this range.
 CURVATURE_RANGE = (0.01, 10.0)
 # Rows that pass through the model at a time where no gradient is needed.
 _ROWS = 4096
-
-
-class Losses(NamedTuple):
-    """What :meth:`HiHPQ.forward` returns: scalars; ``total = contrastive + λ1·prototype + λ2·instance`` (Eq. 21)."""
-
-    total: Tensor
-    contrastive: Tensor
-    prototype: Tensor
-    instance: Tensor
 
 
 class BatchHierarchy(NamedTuple):
@@ -86,21 +88,25 @@ class Preprocessing(nn.Module):
         return x
 
 
-class HiHPQ(nn.Module):
-    """Hyperbolic product quantisation with hierarchical supervision.
+class Quantizer(nn.Module):
+    """A trainable quantiser of features (or of images, with a backbone): the part that all methods share.
 
     Parameters
     ----------
     d_in : dimension of a feature vector.
-    config : hyper-parameters; ``config.geometry = "euclidean"`` is the same method with curvature fixed at 0.
+    config : hyper-parameters.
     backbone : module from images to features (B, d_in), trained along; None if the inputs are features.
+
+    A subclass gives ``forward`` and either ``codec`` or ``index`` and ``encode``; it may have parameters ``codewords`` and
+    ``log_theta`` or ``raw_theta``, which the optimiser treats as codebooks and curvatures.
 
     Attributes
     ----------
-    codewords : parameter (M, ksub, dsub), tangent vectors. They pass the same clip and exponential map as the data.
-    log_theta : parameter (M,), logarithms of the curvatures; None in Euclidean geometry.
+    loss_names : keys of what ``forward`` returns, "total" first.
     gain : factor between preprocessing and head.
     """
+
+    loss_names: ClassVar[tuple[str, ...]] = ("total",)
 
     def __init__(self, d_in: int, config: TrainConfig, backbone: nn.Module | None = None) -> None:
         super().__init__()
@@ -109,15 +115,129 @@ class HiHPQ(nn.Module):
         # Of unit-norm inputs, a linear layer of the usual initialisation makes vectors near 0, where all distances are
         # alike; inputs whose features have unit mean square make some of about unit norm, the codewords' own.
         self.gain = math.sqrt(d_in) if config.normalize else 1.0
-        widths = [d_in, *([config.hidden] if config.hidden else []), config.d]
+        widths = [d_in, *([config.hidden] if config.hidden else []), self.out_dim(config)]
         layers: list[nn.Module] = []
         for into, out in zip(widths, widths[1:], strict=False):
             layers += [nn.Linear(into, out), nn.ReLU()]
         self.head = nn.Sequential(*layers[:-1])
+
+    @classmethod
+    def out_dim(cls, config: TrainConfig) -> int:
+        """Width of the head's output."""
+        return config.d
+
+    # ------------------------------------------------------------------------------------------ for the trainer
+
+    @property
+    def uses_clusters(self) -> bool:
+        """Whether ``forward`` wants a hierarchy of clusters of the training items."""
+        return False
+
+    @property
+    def theta(self) -> Tensor:
+        """Curvatures (M,) (a manifold's curvature is -theta); (0,) of a method that has none."""
+        return self.preprocessing.mean.new_zeros(0)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Called before each epoch, the first of which is 0."""
+
+    def after_step(self) -> None:
+        """Called after each step of the optimiser."""
+
+    def forward(self, view1: Tensor, view2: Tensor, hierarchy: BatchHierarchy | None = None) -> dict[str, Tensor]:
+        """Losses of a batch given as two views of each item, (B, d_in) features or images: ``loss_names`` to scalars."""
+        raise NotImplementedError
+
+    def groups(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Each parameter that is trained, with its group: "head", "codebook", "curvature" or "backbone"."""
+        special = {"codewords": "codebook", "log_theta": "curvature", "raw_theta": "curvature"}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                yield "backbone" if name.startswith("backbone.") else special.get(name, "head"), parameter
+
+    @torch.no_grad()
+    def fit_inputs(self, features: npt.NDArray[np.float32], seed: int = 0) -> None:  # noqa: ARG002 (for subclasses)
+        """What the data decides before the first step: here, the mean of the features.
+
+        ``features`` (n, d_in) are un-augmented training features; ``seed`` is of whatever is drawn.
+        """
+        if features.ndim != 2 or features.shape[1] != self.d_in or not len(features):
+            raise InvalidVectorsError(f"features must have shape (n, {self.d_in}), got {features.shape}")
+        self.preprocessing.fit(features)
+
+    # ------------------------------------------------------------------------------------------ the map
+
+    def tangents(self, x: Tensor) -> Tensor:
+        """The head's output (B, out_dim) for features (B, d_in), or for images if there is a backbone and x is 4-D.
+
+        With ``config.amp``, backbone and head run in bfloat16 in training mode; never in evaluation mode, which must agree
+        with what the exported model computes.
+        """
+        dtype = self.preprocessing.mean.dtype
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.amp and self.training):
+            if x.ndim == 4:
+                if self.backbone is None:
+                    raise InvalidVectorsError(f"this model takes features (B, {self.d_in}), got {tuple(x.shape)}")
+                x = self.backbone(x)
+            if x.ndim != 2 or x.shape[1] != self.d_in:
+                raise InvalidVectorsError(f"features must have shape (B, {self.d_in}), got {tuple(x.shape)}")
+            with torch.autocast(x.device.type, enabled=False):
+                x = self.preprocessing(x.to(dtype)) * self.gain
+            x = self.head(x)
+        return x.to(dtype)
+
+    def vectors(self, tangents: Tensor) -> Tensor:
+        """What ``index`` takes, of the head's output: here, the output itself."""
+        return tangents
+
+    @torch.no_grad()
+    def encode(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Vectors (n, out_dim) float32 for ``index`` of features (n, d_in), block by block; the mode is left as it was."""
+        out = np.empty((len(features), self.out_dim(self.config)), np.float32)
+        training, device = self.training, self.preprocessing.mean.device
+        self.eval()
+        try:
+            for start in range(0, len(features), _ROWS):
+                block = torch.from_numpy(np.array(features[start : start + _ROWS], dtype=np.float32)).to(device)
+                out[start : start + _ROWS] = self.vectors(self.tangents(block)).float().cpu().numpy()
+        finally:
+            self.train(training)
+        return out
+
+    def codec(self) -> HyperbolicProductQuantizer:
+        """The codec as it stands. Raises InvalidParameterError for a method whose codes are no product quantiser's."""
+        raise InvalidParameterError(f"{self.config.method} has no codec: its codes are not those of a product quantiser")
+
+    def index(self) -> Any:
+        """A new, empty index of this method's codes, with ``add`` and ``search`` of what ``encode`` gives."""
+        return HyperbolicPQIndex.from_codec(self.codec())
+
+
+class HiHPQ(Quantizer):
+    """Hyperbolic product quantisation with hierarchical supervision.
+
+    ``config.geometry = "euclidean"`` is the same method with curvature fixed at 0, "cosine" the same losses between unit
+    vectors, as MeCoQ quantises and compares.
+
+    Attributes
+    ----------
+    codewords : parameter (M, ksub, dsub), tangent vectors. They pass the same clip and exponential map as the data.
+    log_theta : parameter (M,), logarithms of the curvatures; None in flat geometry and with the quirk "raw-curvature",
+        where ``raw_theta`` holds the curvatures.
+    """
+
+    loss_names = ("total", "contrastive", "prototype", "instance")
+
+    def __init__(self, d_in: int, config: TrainConfig, backbone: nn.Module | None = None) -> None:
+        super().__init__(d_in, config, backbone)
         self.codewords = nn.Parameter(self._random_codewords())
         self.log_theta: nn.Parameter | None = None
+        self.raw_theta: nn.Parameter | None = None
         if config.geometry == "hyperbolic":
-            self.log_theta = nn.Parameter(torch.full((config.M,), math.log(config.curvature)))
+            if "raw-curvature" in config.quirks:
+                self.raw_theta = nn.Parameter(torch.full((config.M,), config.curvature))
+            else:
+                self.log_theta = nn.Parameter(torch.full((config.M,), math.log(config.curvature)))
 
     # ------------------------------------------------------------------------------------------ initialisation
 
@@ -129,14 +249,12 @@ class HiHPQ(nn.Module):
 
     @torch.no_grad()
     def fit_inputs(self, features: npt.NDArray[np.float32], seed: int = 0) -> None:
-        """What the data decides before the first step: the mean of the features, and codewords if they start from data.
+        """The mean of the features, and codewords if they start from data.
 
-        ``features`` (n, d_in) are un-augmented training features. With ``codebook_init = "data"`` codewords are the
-        projected vectors of ksub items, drawn anew for each subspace (with replacement if n < ksub).
+        With ``codebook_init = "data"`` codewords are the projected vectors of ksub items, drawn anew for each subspace
+        (with replacement if n < ksub).
         """
-        if features.ndim != 2 or features.shape[1] != self.d_in or not len(features):
-            raise InvalidVectorsError(f"features must have shape (n, {self.d_in}), got {features.shape}")
-        self.preprocessing.fit(features)
+        super().fit_inputs(features, seed)
         if self.config.codebook_init == "data":
             rng = np.random.default_rng(seed)
             n, k = len(features), self.config.ksub
@@ -148,98 +266,96 @@ class HiHPQ(nn.Module):
     # ------------------------------------------------------------------------------------------ the map
 
     @property
+    def uses_clusters(self) -> bool:
+        """Whether a loss of the hierarchy counts."""
+        return bool(self.config.lambda1 or self.config.lambda2)
+
+    @property
     def theta(self) -> Tensor:
-        """Curvatures (M,) (the manifold's curvature is -theta), differentiable; zeros in Euclidean geometry."""
+        """Curvatures (M,) (the manifold's curvature is -theta), differentiable; zeros in flat geometry."""
+        if self.raw_theta is not None:
+            return self.raw_theta
         if self.log_theta is None:
             return self.codewords.new_zeros(self.config.M)
         return self.log_theta.exp()
 
     @torch.no_grad()
-    def clamp_curvatures(self) -> None:
+    def after_step(self) -> None:
         """Bring curvatures that a step took out of CURVATURE_RANGE back to its edge."""
+        low, high = CURVATURE_RANGE
         if self.log_theta is not None:
-            low, high = CURVATURE_RANGE
             self.log_theta.clamp_(math.log(low), math.log(high))
+        if self.raw_theta is not None:
+            self.raw_theta.clamp_(low, high)
 
-    def tangents(self, x: Tensor) -> Tensor:
-        """Unclipped tangent vectors (B, d) of features (B, d_in), or of images if there is a backbone and x is 4-D.
+    @property
+    def space(self) -> Space:
+        """Where points live, with the curvatures of the moment."""
+        return Cosine() if self.config.geometry == "cosine" else Lorentz(self.theta, self.config.clip_radius)
 
-        With ``config.amp``, backbone and head run in bfloat16 in training mode; never in evaluation mode, which must agree
-        with what the exported model computes.
-        """
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.amp and self.training):
-            if x.ndim == 4:
-                if self.backbone is None:
-                    raise InvalidVectorsError(f"this model takes features (B, {self.d_in}), got {tuple(x.shape)}")
-                x = self.backbone(x)
-            if x.ndim != 2 or x.shape[1] != self.d_in:
-                raise InvalidVectorsError(f"features must have shape (B, {self.d_in}), got {tuple(x.shape)}")
-            with torch.autocast(x.device.type, enabled=False):
-                x = self.preprocessing(x.to(self.codewords.dtype)) * self.gain
-            x = self.head(x)
-        return x.to(self.codewords.dtype)
+    def vectors(self, tangents: Tensor) -> Tensor:
+        """Unclipped tangent vectors; in cosine geometry unit subvectors, joined."""
+        return self.points(tangents).flatten(1) if self.config.geometry == "cosine" else tangents
 
     def points(self, tangents: Tensor) -> Tensor:
-        """Clip and exponential map (Eq. 5) of tangent vectors (n, d): points (n, M, dsub)."""
-        parts = tangents.view(len(tangents), self.config.M, self.config.dsub)
-        points: Tensor = lorentz.exp0(lorentz.clip(parts, self.config.clip_radius), self.theta)
-        return points
+        """Points (n, M, dsub) of tangent vectors (n, d)."""
+        return self.space.points(tangents.view(len(tangents), self.config.M, self.config.dsub))
 
     def codebooks(self) -> Tensor:
         """Codewords as points (M, ksub, dsub)."""
-        points: Tensor = lorentz.exp0(lorentz.clip(self.codewords, self.config.clip_radius), self.theta[:, None])
-        return points
+        return self.space.codebooks(self.codewords)
 
     def quantize(self, points: Tensor) -> Tensor:
-        """Soft quantisation of points (n, M, dsub), Eq. 11-12: the midpoint of all codewords, near ones weighing more.
+        """Soft quantisation of points (n, M, dsub), Eq. 11-12: the mean of all codewords, near ones weighing more.
 
-        Weights are ``softmax(-squared Lorentzian distance / tau)``.
+        Weights are ``softmax(-d / tau)`` of squared Lorentzian distances d (in cosine geometry, of inner products).
         """
-        codebooks, theta = self.codebooks(), self.theta
-        squared = lorentz.pairwise_squared_distance(points.transpose(0, 1), codebooks, theta)
-        weights = torch.softmax(-squared / self.config.tau, dim=-1)
-        midpoints: Tensor = lorentz.midpoint(codebooks[:, None], weights, theta[:, None])
-        return midpoints.transpose(0, 1)
+        space, codebooks = self.space, self.codebooks()
+        weights = torch.softmax(-space.to_codewords(points, codebooks) / self.config.tau, dim=-1)
+        return space.mean(codebooks, weights)
 
-    def forward(self, view1: Tensor, view2: Tensor, hierarchy: BatchHierarchy | None = None) -> Losses:
-        """Losses (Eq. 13-21) of a batch given as two views of each item, (B, d_in) features or images.
+    def forward(self, view1: Tensor, view2: Tensor, hierarchy: BatchHierarchy | None = None) -> dict[str, Tensor]:
+        """Losses (Eq. 13-21); total = contrastive + λ1·prototype + λ2·instance.
 
         Without ``hierarchy`` (warm-up) the prototype and the instance loss are 0. They look at view 1 only: view 2 may
         show a neighbour, whose prototypes are its own.
         """
-        b = len(view1)
+        c, space, b = self.config, self.space, len(view1)
         quantized = self.quantize(self.points(self.tangents(torch.cat([view1, view2]))))
-        distances = product_distance(quantized, quantized, self.theta)
-        contrastive = quantized_contrastive_loss(distances, self.config.tau_qc)
+        distances = space.distances(quantized, quantized)
+        contrastive = quantized_contrastive_loss(distances, c.tau_qc)
         prototype = instance = torch.zeros_like(contrastive)
-        if hierarchy is not None and self.config.lambda1:
-            to_prototypes = [product_distance(quantized[:b], self.points(p), self.theta) for p in hierarchy.prototypes]
-            prototype = prototype_loss(to_prototypes, hierarchy.assignments, self.config.tau_qc)
-        if hierarchy is not None and self.config.lambda2:
-            partners = draw_partners(hierarchy.assignments, hierarchy.keys)
-            instance = instance_loss(distances[:b, :b], partners, self.config.tau_qc)
-        total = contrastive + self.config.lambda1 * prototype + self.config.lambda2 * instance
-        return Losses(total, contrastive, prototype, instance)
+        if hierarchy is not None and c.lambda1:
+            to_prototypes = [space.distances(quantized[:b], self.points(p)) for p in hierarchy.prototypes]
+            of_prototypes = batch_prototype_loss if "batch-prototypes" in c.quirks else prototype_loss
+            prototype = of_prototypes(to_prototypes, hierarchy.assignments, c.tau_qc)
+        if hierarchy is not None and c.lambda2:
+            if "first-positive" in c.quirks:
+                partners = first_partners(hierarchy.assignments)
+            else:
+                partners = draw_partners(hierarchy.assignments, hierarchy.keys)
+            with_self = bool({"self-negative", "first-positive"} & set(c.quirks))
+            instance = instance_loss(distances[:b, :b], partners, c.tau_qc, with_self=with_self)
+        total = contrastive + c.lambda1 * prototype + c.lambda2 * instance
+        return {"total": total, "contrastive": contrastive, "prototype": prototype, "instance": instance}
+
+    @torch.no_grad()
+    def quantization_error(self, vectors: npt.NDArray[np.float32]) -> float:
+        """Mean over items and subspaces of the squared Lorentzian distance (cosine: of 1 - inner product) between a point
+        and its nearest codeword; ``vectors`` (n, d) are those of ``encode``."""
+        total, codebooks = 0.0, self.codebooks()
+        for start in range(0, len(vectors), _ROWS):
+            points = self.points(torch.from_numpy(vectors[start : start + _ROWS]).to(codebooks.device))
+            total += float(self.space.to_codewords(points, codebooks).amin(-1).sum())
+        return total / (len(vectors) * self.config.M) + (1.0 if self.config.geometry == "cosine" else 0.0)
 
     @torch.no_grad()
     def codec(self) -> HyperbolicProductQuantizer:
         """The codec as it stands: these codebooks as points, these curvatures, this clip radius."""
+        cosine = self.config.geometry == "cosine"
         return HyperbolicProductQuantizer.from_codebooks(
             self.codebooks().float().cpu().numpy(),
             self.theta.float().cpu().numpy(),
-            clip_radius=self.config.clip_radius,
+            metric="inner_product" if cosine else "geodesic",
+            clip_radius=None if cosine else self.config.clip_radius,
         )
-
-    @torch.no_grad()
-    def encode(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Unclipped tangent vectors (n, d) float32 of features (n, d_in), block by block; the mode is left as it was."""
-        out = np.empty((len(features), self.config.d), np.float32)
-        training, device = self.training, self.codewords.device
-        self.eval()
-        try:
-            for start in range(0, len(features), _ROWS):
-                block = torch.from_numpy(np.array(features[start : start + _ROWS], dtype=np.float32)).to(device)
-                out[start : start + _ROWS] = self.tangents(block).float().cpu().numpy()
-        finally:
-            self.train(training)
-        return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ from hyperfaiss.io import atomic_path
 
 __all__ = ["plot_curves"]
 
-_COLOURS = {"total": "#222222", "contrastive": "#1f77b4", "prototype": "#d95f02", "instance": "#1b9e77"}
+_COLOURS = ("#222222", "#1f77b4", "#d95f02", "#1b9e77", "#7570b3")
+# What a row of the history holds beside losses.
+_NOT_LOSSES = {"epoch", "lr", "theta", "val_loss", "val_map", "quantization_error", "seconds"}
 
 
 def plot_curves(history: Sequence[dict[str, Any]], path: str | os.PathLike[str], *, best_epoch: int | None = None) -> None:
@@ -29,28 +32,24 @@ def plot_curves(history: Sequence[dict[str, Any]], path: str | os.PathLike[str],
 
     epochs = [row["epoch"] for row in history]
     measured = any(row["val_loss"] is not None for row in history)
-    figure = Figure(figsize=(4.6 * (3 if measured else 2), 3.6), layout="constrained")
+    curved = len(history[0]["theta"]) > 0
+    count = 1 + measured + curved
+    figure = Figure(figsize=(4.6 * count, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = list(figure.subplots(1, 3 if measured else 2))
+    panels = list(figure.subplots(1, count, squeeze=False)[0])
     marker = "o" if len(epochs) < 25 else None
 
     losses = panels[0]
-    for name, colour in _COLOURS.items():
+    names = [name for name in history[0] if name not in _NOT_LOSSES]
+    for name, colour in zip(names, itertools.cycle(_COLOURS), strict=False):
         values = [row[name] for row in history]
-        if name in {"total", "contrastive"} or any(values):
+        if name in names[:2] or any(values):
             losses.plot(epochs, values, color=colour, label=name, marker=marker, ms=3, lw=1.6)
     losses.set_title("Training losses")
     losses.legend(frameon=False)
 
-    curvature = panels[-1]
-    thetas = [[row["theta"][m] for row in history] for m in range(len(history[0]["theta"]))]
-    for m, values in enumerate(thetas):
-        label = f"m = {m}" if len(thetas) <= 8 else None
-        curvature.plot(epochs, values, color=f"C{m % 10}", label=label, marker=marker, ms=3, lw=1.6)
-    curvature.set_title("Curvatures θ (of −θ) by subspace")
-    if len(thetas) <= 8:
-        curvature.legend(frameon=False, ncols=2)
-
+    if curved:
+        _plot_curvatures(panels[-1], history, epochs, marker)
     if measured:
         _plot_validation(panels[1], history, epochs, marker)
     for axes in panels:
@@ -77,3 +76,13 @@ def _plot_validation(axes: Any, history: Sequence[dict[str, Any]], epochs: list[
         )
         right.spines["top"].set_visible(False)
     axes.legend(handles=lines, frameon=False)
+
+
+def _plot_curvatures(axes: Any, history: Sequence[dict[str, Any]], epochs: list[int], marker: str | None) -> None:
+    thetas = [[row["theta"][m] for row in history] for m in range(len(history[0]["theta"]))]
+    for m, values in enumerate(thetas):
+        label = f"m = {m}" if len(thetas) <= 8 else None
+        axes.plot(epochs, values, color=f"C{m % 10}", label=label, marker=marker, ms=3, lw=1.6)
+    axes.set_title("Curvatures θ (of −θ) by subspace")
+    if len(thetas) <= 8:
+        axes.legend(frameon=False, ncols=2)

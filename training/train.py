@@ -1,11 +1,12 @@
-"""The training loop: seeded, checkpointed, resumable to the bit.
+"""The training loop of all methods: seeded, checkpointed, resumable to the bit.
 
 Every random choice comes from a generator seeded with (seed, purpose, epoch, step), so that a run which was stopped, at
 whatever step, goes on exactly as if it had not been. Results repeat on the same machine with the same number of
 threads.
 
-A run's folder holds ``last.pt`` (to go on from), ``best.pt`` (to export), ``log.csv`` (a row per epoch),
-``summary.json`` and ``curves.png``. All are written beside their names and renamed: a kill leaves the former file.
+A run's folder holds ``config.json`` (which ``hihpq train --recipe`` takes, too), ``last.pt`` (to go on from), ``best.pt``
+(to export), ``log.csv`` (a row per epoch), ``summary.json`` and ``curves.png``. All are written beside their names and
+renamed: a kill leaves the former file.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hyperfaiss import HyperbolicPQIndex, lorentz
+from hyperfaiss import lorentz
 from hyperfaiss.errors import HyperfaissError, InvalidParameterError, InvalidVectorsError
 from hyperfaiss.io import atomic_path
 from training.backbones import Backbone
@@ -35,7 +36,9 @@ from training.checkpoint import Checkpoint, load_state, state_of
 from training.config import TrainConfig
 from training.evaluate import mean_average_precision
 from training.hierarchy import Hierarchy, build_hierarchy, fitting_sizes
-from training.model import BatchHierarchy, HiHPQ, Losses
+from training.methods import build
+from training.model import BatchHierarchy, HiHPQ, Quantizer
+from training.recipes import recipe
 from training.terminal import deferred_signals
 
 if TYPE_CHECKING:
@@ -46,6 +49,8 @@ __all__ = ["TrainResult", "TrainingInterrupted", "train"]
 # Results that the validation MAP looks at.
 _MAP_AT = 1000
 _MIN_VALIDATION = 16
+# Training items, about, that the quantisation error looks at.
+_ERROR_ITEMS = 5000
 
 # What a generator is for; with the seed, the epoch and the step it is the generator's seed.
 _SPLIT, _INIT, _ORDER, _STEP, _CLUSTER, _VALIDATE = range(6)
@@ -60,13 +65,13 @@ class TrainResult:
     """What :func:`train` returns.
 
     model : the best epoch's, in evaluation mode; hierarchy : clusters of the training items by this model.
-    history : per epoch: epoch (from 1), the mean losses total, contrastive, prototype and instance, lr (of the head), theta
-        (list), val_loss, val_map (None where not measured), seconds.
+    history : per epoch: epoch (from 1), the mean losses by name ("total" first), lr (of the head), theta (list), val_loss,
+        val_map, quantization_error of the training items (None where not measured), seconds.
     best_epoch : 1-based.
     checkpoint : ``best.pt``, or what would be in it if nothing was written.
     """
 
-    model: HiHPQ
+    model: Quantizer
     hierarchy: Hierarchy | None
     config: TrainConfig
     history: list[dict[str, Any]]
@@ -86,16 +91,16 @@ def train(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> TrainResult:
-    """Train HiHPQ on the views of ``source``.
+    """Train a quantiser, HiHPQ or what ``config.method`` names, on the views of ``source``.
 
     Choosing the epoch: ``config.val_fraction`` of the items is held out of training. Without ``labels`` the last epoch is
-    taken, or with ``config.patience`` the one with the lowest contrastive loss on two fixed views of the held-out items. With
-    ``labels`` (n,) it is the one with the highest MAP of the held-out items as queries among the others; labels serve
-    nothing else. A source that shows neighbours may show held-out ones.
+    taken, or with ``config.patience`` the one with the lowest loss (of HiHPQ the contrastive one) on two fixed views of the
+    held-out items. With ``labels``, (n,) classes or bool (n, L), it is the one with the highest MAP of the held-out items as
+    queries among the others; labels serve nothing else. A source that shows neighbours may show held-out ones.
 
     Args:
         source: the training items.
-        config: default ``TrainConfig()``; on resuming, that of the checkpoint.
+        config: default ``recipe()``; on resuming, that of the checkpoint.
         out: the run's folder; None writes nothing.
         backbone: what made the features, or its name, for the exported model.
         resume: go on from ``out/last.pt``, or start if there is none.
@@ -134,7 +139,7 @@ class _Run:
         self.features = backbone.facts() if isinstance(backbone, Backbone) else None
         self.out = None if out is None else Path(out)
         stored = self._stored(config, resume)
-        self.config = config = stored.config if stored else config or TrainConfig()
+        self.config = config = stored.config if stored else config or recipe()
         self.data = _fingerprint(source)
         if stored and self.features is None:
             self.features = stored.features
@@ -146,20 +151,23 @@ class _Run:
         self.steps = len(self.train_rows) // self.batch_size
 
         torch.manual_seed(_torch_seed(config.seed, _INIT))
-        self.model = HiHPQ(source.d_in, config, source.backbone)
+        self.model = build(source.d_in, config, source.backbone)
         if stored is None:
             self.model.fit_inputs(source.features(), config.seed)
         else:
             load_state(self.model, stored.model)
         self.model.to(device)
         self.optimizer = torch.optim.SGD(_groups(self.model, config), lr=config.lr, momentum=config.momentum)
-        self.finished, self.step, self.sums = 0, 0, [0.0] * len(Losses._fields)
+        self.finished, self.step, self.sums = 0, 0, [0.0] * len(self.model.loss_names)
         self.history: list[dict[str, Any]] = []
         self.hierarchy: Hierarchy | None = None
         if stored is not None:
             self.optimizer.load_state_dict(stored.optimizer or {})
             self.finished, self.step, self.sums = stored.epoch, stored.step, list(stored.sums or self.sums)
             self.history, self.hierarchy = stored.history, stored.hierarchy
+        if self.out:
+            with atomic_path(self.out / "config.json") as temporary:
+                temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         self._encoded: npt.NDArray[np.float32] | None = None
         self.best: Checkpoint | None = None
         if stored and self.out and (self.out / "best.pt").exists():
@@ -198,13 +206,14 @@ class _Run:
     def epoch(self, interrupted: Callable[[], bool], display: _Display) -> None:
         """The next epoch, or the rest of an interrupted one."""
         start, epoch, config = time.perf_counter(), self.finished, self.config
-        if self.step == 0 and epoch >= config.warmup and (config.lambda1 or config.lambda2):
+        if self.step == 0 and epoch >= config.warmup and self.model.uses_clusters:
             display.say("clustering")
             self.hierarchy = self._cluster(epoch)
         prototypes = [self._tensor(level.centroids) for level in self.hierarchy.levels] if self.hierarchy else []
         order = _rng(config.seed, _ORDER, epoch).permutation(self.train_rows)
         self._encoded = None
-        self.model.train()
+        self.model.train(not (self.hierarchy and "eval-after-warmup" in config.quirks))
+        self.model.start_epoch(epoch)
         for step in range(self.step, self.steps):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
             losses = self._step(epoch, step, np.sort(batch), prototypes)
@@ -213,8 +222,8 @@ class _Run:
             display.advance(self.sums[0] / self.step)
             if interrupted():
                 self._interrupt()
-        means = {name: total / self.steps for name, total in zip(Losses._fields, self.sums, strict=True)}
-        self.finished, self.step, self.sums = epoch + 1, 0, [0.0] * len(Losses._fields)
+        means = {name: total / self.steps for name, total in zip(self.model.loss_names, self.sums, strict=True)}
+        self.finished, self.step, self.sums = epoch + 1, 0, [0.0] * len(self.model.loss_names)
         self.history.append(
             {
                 "epoch": epoch + 1,
@@ -222,6 +231,7 @@ class _Run:
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "theta": self.model.theta.detach().cpu().tolist(),
                 **self._validate(),
+                "quantization_error": self._quantization_error(),
                 "seconds": time.perf_counter() - start,
             }
         )
@@ -248,17 +258,17 @@ class _Run:
         for group in self.optimizer.param_groups:
             peak = group["peak"]
             group["lr"] = peak and min(peak, config.lr_min) + (peak - min(peak, config.lr_min)) * rate
-        losses: Losses = self.model(view1, view2, hierarchy)
-        values = torch.stack([loss.detach() for loss in losses]).tolist()
+        losses: dict[str, Tensor] = self.model(view1, view2, hierarchy)
+        values = torch.stack([losses[name].detach() for name in self.model.loss_names]).tolist()
         if not math.isfinite(values[0]):
             where = f"epoch {epoch + 1}, step {step + 1}"
             raise HyperfaissError(
                 f"the loss became {values[0]} in {where}: try a lower lr than {config.lr}, or a smaller clip_radius"
             )
         self.optimizer.zero_grad()
-        losses.total.backward()  # type: ignore[no-untyped-call]
+        losses["total"].backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        self.model.clamp_curvatures()
+        self.model.after_step()
         return values
 
     def _cluster(self, epoch: int) -> Hierarchy:
@@ -266,15 +276,19 @@ class _Run:
         vectors = self._clipped(self._vectors()[self.train_rows])
         levels, subclusters = fitting_sizes(self.config.levels, self.config.subclusters, len(vectors))
         seed = int(_rng(self.config.seed, _CLUSTER, epoch).integers(2**31))
+        if "ward-on-all" in self.config.quirks:
+            subclusters = len(vectors)
         return build_hierarchy(vectors, levels, subclusters=subclusters, seed=seed)
 
     def _vectors(self) -> npt.NDArray[np.float32]:
-        """Tangent vectors (n, d) of all items by the model as it stands, between two epochs: one pass serves both."""
+        """Vectors (n, d) of all items by the model as it stands, between two epochs: one pass serves both."""
         if self._encoded is None:
             self._encoded = self.model.encode(self.source.features())
         return self._encoded
 
     def _clipped(self, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        if self.config.geometry == "cosine":  # unit subvectors, which there is nothing to clip of
+            return vectors
         parts = vectors.reshape(len(vectors), self.config.M, self.config.dsub)
         clipped: npt.NDArray[np.float32] = lorentz.clip(parts, self.config.clip_radius).reshape(vectors.shape)
         return clipped
@@ -293,6 +307,13 @@ class _Run:
             return min(self.history, key=lambda row: row["val_loss"])
         return self.history[-1]
 
+    def _quantization_error(self) -> float | None:
+        """Of training items spread over all; None of a method without codewords as points."""
+        if not isinstance(self.model, HiHPQ):
+            return None
+        vectors = self._vectors()[self.train_rows]
+        return self.model.quantization_error(vectors[:: max(1, len(vectors) // _ERROR_ITEMS)])
+
     def _validate(self) -> dict[str, float | None]:
         if not self._measured:
             return {"val_loss": None, "val_map": None}
@@ -302,11 +323,11 @@ class _Run:
         with torch.no_grad():
             for rows in np.array_split(self.val_rows, max(1, len(self.val_rows) // self.batch_size)):
                 view1, view2 = (view.to(self.device) for view in self.source.views(rows, rng))
-                losses.append(float(self.model(view1, view2).contrastive) * len(rows))
+                losses.append(float(self.model(view1, view2)["total"]) * len(rows))  # without clusters: the contrastive loss
         val_map = None
         if self.labels is not None:
             vectors = self._vectors()
-            index = HyperbolicPQIndex.from_codec(self.model.codec())
+            index = self.model.index()
             index.add(vectors[self.train_rows])
             _, found = index.search(vectors[self.val_rows], min(_MAP_AT, index.ntotal))
             val_map = float(mean_average_precision(found, self.labels[self.val_rows], self.labels[self.train_rows]))
@@ -356,7 +377,7 @@ class _Run:
         load_state(self.model, self.best.model)
         self.model.eval()
         self._encoded = None
-        self.hierarchy = self._cluster(self.config.epochs)
+        self.hierarchy = self._cluster(self.config.epochs) if isinstance(self.model, HiHPQ) else None
         row = self._best_row()
         self.best = replace(self.best, hierarchy=self.hierarchy)
         if self.out:
@@ -370,7 +391,7 @@ class _Run:
                 "stopped_early": self.finished < self.config.epochs,
                 "seconds": sum(r["seconds"] for r in self.history),
                 "items": {"train": len(self.train_rows), "validation": len(self.val_rows)},
-                "levels": self.hierarchy.sizes,
+                "levels": self.hierarchy.sizes if self.hierarchy else None,
                 "backbone": self.backbone,
                 "config": self.config.to_dict(),
             }
@@ -441,8 +462,10 @@ def _checked_labels(labels: npt.ArrayLike | None, n: int) -> npt.NDArray[Any] | 
     if labels is None:
         return None
     array = np.asarray(labels)
-    if array.shape != (n,):
-        raise InvalidVectorsError(f"labels must have shape ({n},), one for each item, got {array.shape}")
+    if array.shape != (n,) and not (array.ndim == 2 and len(array) == n and array.dtype == bool):
+        raise InvalidVectorsError(
+            f"labels must have shape ({n},), one for each item, or be bool ({n}, L), got {array.dtype} {array.shape}"
+        )
     return array
 
 
@@ -454,20 +477,23 @@ def _fingerprint(source: ViewSource) -> str:
     return digest.hexdigest()
 
 
-def _groups(model: HiHPQ, config: TrainConfig) -> list[dict[str, Any]]:
+def _groups(model: Quantizer, config: TrainConfig) -> list[dict[str, Any]]:
     """The optimiser's parameter groups, the head first; ``peak`` is what the schedule scales."""
-    flat = config.weight_decay if config.decay_all else 0.0
-    groups = [
-        (model.head.parameters(), config.lr, config.weight_decay),
-        ([model.codewords], config.lr_codebook, flat),
-        ([model.log_theta] if model.log_theta is not None else [], config.lr_curvature, flat),
-        (model.backbone.parameters() if model.backbone else [], config.lr_backbone, config.weight_decay),
-    ]
-    with_parameters = ((list(parameters), peak, decay) for parameters, peak, decay in groups)
+    flat = config.weight_decay if "decay-all" in config.quirks else 0.0
+    rules = {
+        "head": (config.lr, config.weight_decay),
+        "codebook": (config.lr_codebook, flat),
+        "curvature": (config.lr_curvature, flat),
+        "backbone": (config.lr_backbone, config.weight_decay),
+    }
+    members: dict[str, list[torch.nn.Parameter]] = {name: [] for name in rules}
+    for name, parameter in model.groups():
+        members[name].append(parameter)
+    one = "one-learning-rate" in config.quirks
     return [
-        {"params": [p for p in parameters if p.requires_grad], "peak": peak, "lr": peak, "weight_decay": decay}
-        for parameters, peak, decay in with_parameters
-        if parameters
+        {"params": members[name], "peak": peak, "lr": peak, "weight_decay": decay}
+        for name, peak, decay in ((name, config.lr if one else lr, decay) for name, (lr, decay) in rules.items())
+        if members[name]
     ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hyperfaiss.errors import InvalidParameterError
-from training.config import RECIPES, TrainConfig, recipe
+from training.config import TrainConfig
 
 
 def test_round_trip_through_json():
@@ -41,10 +41,10 @@ def test_derived_sizes():
         ({"nbits": 9}, "nbits must be from 4 to 8, got 9"),
         ({"lr": math.nan}, "lr must be a finite number, got nan"),
         ({"lr": -1}, "lr must be positive, got -1.0"),
-        ({"geometry": "spherical"}, "geometry must be one of 'hyperbolic', 'euclidean', got 'spherical'"),
+        ({"geometry": "spherical"}, "geometry must be one of 'hyperbolic', 'euclidean', 'cosine', got 'spherical'"),
         ({"levels": (5, 5)}, "strictly decreasing, got (5, 5)"),
-        ({"levels": 5}, "levels must be a sequence of integers, got 5"),
-        ({"levels": "54"}, "levels must be a sequence of integers, got '54'"),
+        ({"levels": 5}, "levels must be a sequence, each an integer, got 5"),
+        ({"levels": "54"}, "levels must be a sequence, each an integer, got '54'"),
         ({"levels": (2000, 5)}, "can't be merged from subclusters = 1000"),
         ({"clip_radius": 0}, "clip_radius must be positive, got 0.0"),
         ({"curvature": 0}, "curvature must be from 0.01 to 10, got 0.0"),
@@ -70,44 +70,3 @@ def test_unknown_fields_are_named():
 def test_frozen():
     with pytest.raises(AttributeError):
         TrainConfig().M = 8
-
-
-def test_default_recipe_takes_bits_and_changes():
-    assert recipe() == TrainConfig()
-    assert recipe(bits=64).M == 8
-    assert recipe(bits=24, nbits=6, lr=0.5) == TrainConfig(M=4, nbits=6, lr=0.5)
-
-
-@pytest.mark.parametrize(
-    ("name", "bits", "expected"),
-    [
-        (
-            "paper",
-            32,
-            {"M": 4, "dsub": 15, "tau": 1.0, "clip_radius": 1.5, "levels": (100, 50, 25), "tau_qc": 0.2, "warmup": 3},
-        ),
-        ("paper-cifar10-i", 32, {"tau": 0.2, "clip_radius": 0.6, "levels": (200, 100, 50), "warmup": 5}),
-        ("paper-cifar10-ii", 64, {"M": 8, "dsub": 7, "tau": 1.0, "clip_radius": 1.5}),
-        ("paper-flickr25k", 64, {"tau": 1 / 15, "clip_radius": 0.5, "levels": (50, 20), "tau_qc": 0.5, "warmup": 1}),
-        ("paper-nus-wide", 16, {"M": 2, "dsub": 15, "tau_qc": 0.2, "levels": (200, 100, 75)}),
-        ("paper-nus-wide", 64, {"M": 8, "dsub": 15, "tau_qc": 0.5}),
-    ],
-)
-def test_paper_recipes_hold_the_table_of_the_authors_runs(name, bits, expected):
-    fields = recipe(name, bits=bits).__dict__
-    shared = {"lambda1": 1.0, "lambda2": 0.1, "epochs": 50, "lr": 0.01, "weight_decay": 5e-3, "decay_all": True, "hidden": 0}
-    assert {k: fields[k] for k in expected | shared} == expected | shared
-
-
-def test_recipes_refuse_what_they_do_not_have():
-    assert "paper" in RECIPES
-    with pytest.raises(InvalidParameterError, match="no recipe 'papr'; there are default, paper"):
-        recipe("papr")
-    with pytest.raises(InvalidParameterError, match="M = 2, 4 or 8"):
-        recipe("paper", bits=24)
-    with pytest.raises(InvalidParameterError, match="multiple of nbits = 8, got 20"):
-        recipe(bits=20)
-    with pytest.raises(InvalidParameterError, match="bits or M"):
-        recipe(bits=32, M=4)
-    with pytest.raises(InvalidParameterError, match="nbits"):
-        recipe(bits=32, nbits=0)

@@ -11,10 +11,10 @@ import pytest
 from hyperfaiss import HyperbolicPQIndex
 from training.backbones import load_backbone
 from training.cache import cache_features
-from training.config import recipe
 from training.data import load_images, split_protocol
 from training.evaluate import evaluate_index
 from training.export import export
+from training.recipes import recipe
 from training.train import train
 from training.views import EmbeddingViews
 

@@ -190,7 +190,7 @@ def test_a_killed_run_resumes_exactly(tmp_path):
 def test_a_run_leaves_its_files(tmp_path):
     result = train(NoisyViews(), CONFIG, tmp_path / "a" / "b", labels=LABELS, backbone="made-up", progress=False)
     out = tmp_path / "a" / "b"
-    assert {p.name for p in out.iterdir()} == {"last.pt", "best.pt", "log.csv", "summary.json", "curves.png"}
+    assert {p.name for p in out.iterdir()} == {"config.json", "last.pt", "best.pt", "log.csv", "summary.json", "curves.png"}
     with (out / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
@@ -296,7 +296,9 @@ def test_parameter_groups():
     groups = _groups(result.model, CONFIG.replace(weight_decay=0.1, lr=0.3, lr_codebook=0.2, lr_curvature=0.1))
     assert [(g["peak"], g["weight_decay"]) for g in groups] == [(0.3, 0.1), (0.2, 0.0), (0.1, 0.0)]
     assert groups[1]["params"] == [result.model.codewords]
-    assert [g["weight_decay"] for g in _groups(result.model, CONFIG.replace(weight_decay=0.1, decay_all=True))] == [0.1] * 3
+    assert [g["weight_decay"] for g in _groups(result.model, CONFIG.replace(weight_decay=0.1, quirks=["decay-all"]))] == [
+        0.1
+    ] * 3
 
 
 def test_schedule_warms_up_and_cools_down():
