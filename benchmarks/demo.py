@@ -29,10 +29,11 @@ from rich.table import Table
 from hyperfaiss import HyperbolicPQIndex, HyperfaissError, Model
 from training.backbones import load_backbone
 from training.cache import cache_features, cache_views
-from training.config import TrainConfig, recipe
-from training.data import ImageSet, Split, load_images, split_protocol
+from training.config import TrainConfig
+from training.data import ImageSet, Labels, Split, load_images, split_protocol
 from training.evaluate import Evaluation, evaluate_index
 from training.export import export
+from training.recipes import recipe
 from training.train import train
 from training.views import CachedViews, EmbeddingViews, ViewSource
 
@@ -61,7 +62,7 @@ class Job:
     n_results: int
 
     @property
-    def labels(self) -> npt.NDArray[np.int64]:
+    def labels(self) -> Labels:
         """Classes (n,) of all images."""
         assert self.images.labels is not None
         return self.images.labels
