@@ -25,16 +25,15 @@ from hyperfaiss import (
     read_index,
     write_index,
 )
+from tests.toys import Index, empty_index, flat_quantizer
 
-Index = HyperbolicPQIndex | HyperbolicIVFPQIndex
 Vectors, Parameter, Unknown = InvalidVectorsError, InvalidParameterError, UnknownIdError
 
 D, NTOTAL, NLIST = 12, 300, 5
 RNG = np.random.default_rng(0)
 CODEC = HyperbolicProductQuantizer.from_codebooks(RNG.normal(size=(3, 16, 4)), 1.0)
 DATA = RNG.normal(size=(NTOTAL, D)).astype(np.float32)
-COARSE = faiss.IndexFlatL2(D)
-COARSE.add(DATA[:NLIST])
+COARSE = flat_quantizer(DATA[:NLIST])
 X = np.ones((2, D), np.float32)
 NAN = np.where(np.arange(D) == 3, np.nan, X)
 BIG = X * np.float32(1e6)
@@ -42,11 +41,7 @@ CODES = np.zeros((2, 2), np.uint8)
 
 
 def empty(kind: str, codec: HyperbolicProductQuantizer = CODEC) -> Index:
-    if kind == "flat":
-        return HyperbolicPQIndex.from_codec(codec)
-    index = HyperbolicIVFPQIndex.from_codec(COARSE, codec, NLIST)
-    index.nprobe = NLIST
-    return index
+    return empty_index(kind, codec, COARSE)
 
 
 def build(kind: str) -> Index:

@@ -30,16 +30,14 @@ from hyperfaiss import (
     write_index,
 )
 from hyperfaiss.packing import pack, packed_size, unpack
-
-Index = HyperbolicPQIndex | HyperbolicIVFPQIndex
+from tests.toys import Index, empty_index, flat_quantizer
 
 D, M, NLIST = 12, 3, 5
 CODECS = {
     nbits: HyperbolicProductQuantizer.from_codebooks(np.random.default_rng(0).normal(size=(M, 1 << nbits, 4)), 1.0)
     for nbits in (4, 8)
 }
-COARSE = faiss.IndexFlatL2(D)
-COARSE.add(np.random.default_rng(1).normal(size=(NLIST, D)).astype(np.float32))
+COARSE = flat_quantizer(np.random.default_rng(1).normal(size=(NLIST, D)).astype(np.float32))
 Q = np.random.default_rng(2).normal(size=(4, D)).astype(np.float32)
 
 
@@ -48,11 +46,7 @@ def vectors(n: int, seed: int = 3) -> np.ndarray:
 
 
 def empty(kind: str, nbits: int = 4) -> Index:
-    if kind == "flat":
-        return HyperbolicPQIndex.from_codec(CODECS[nbits])
-    index = HyperbolicIVFPQIndex.from_codec(COARSE, CODECS[nbits], NLIST)
-    index.nprobe = NLIST
-    return index
+    return empty_index(kind, CODECS[nbits], COARSE)
 
 
 @pytest.fixture(params=["flat", "ivf"])

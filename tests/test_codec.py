@@ -22,19 +22,9 @@ from hyperfaiss import (
     NotTrainedError,
     lorentz,
 )
+from tests.toys import random_codec, vectors
 
 CURVATURES = [0.0, 1e-4, 0.1, 1.0, 10.0]
-
-
-def random_codec(
-    M: int = 3, ksub: int = 16, dsub: int = 4, seed: int = 0, theta: Any = 1.0, **options: Any
-) -> HyperbolicProductQuantizer:
-    books = np.random.default_rng(seed).normal(size=(M, ksub, dsub)).astype(np.float32)
-    return HyperbolicProductQuantizer.from_codebooks(books, theta, **options)
-
-
-def tangents(n: int, d: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
 
 
 def points(codec: HyperbolicProductQuantizer, x: np.ndarray) -> np.ndarray:
@@ -53,7 +43,7 @@ def naive_codes(codec: HyperbolicProductQuantizer, x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("theta", CURVATURES)
 def test_training_lowers_the_loss_to_a_fixed_point(theta: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = tangents(120, 4)
+    x = vectors(120, 4)
     losses = []
     for iterations in (0, 1, 2, 4, 25):
         monkeypatch.setattr(hyperfaiss.codec, "_TRAIN_ITERATIONS", iterations)
@@ -69,7 +59,7 @@ def test_training_lowers_the_loss_to_a_fixed_point(theta: float, monkeypatch: py
 
 
 def test_one_training_iteration_is_a_lloyd_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, books = tangents(100, 3), []
+    x, books = vectors(100, 3), []
     for iterations in (0, 1):
         monkeypatch.setattr(hyperfaiss.codec, "_TRAIN_ITERATIONS", iterations)
         codec = HyperbolicProductQuantizer(3, 1, 4, curvatures=0.7)
@@ -81,7 +71,7 @@ def test_one_training_iteration_is_a_lloyd_step(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_training_depends_on_data_and_seed_only() -> None:
-    x = tangents(9000, 4)
+    x = vectors(9000, 4)
     ref = HyperbolicProductQuantizer(4, 2, 5, curvatures=[0.5, 2.0], seed=7)
     hyperfaiss.set_num_threads(1)
     ref.train(x)
@@ -98,7 +88,7 @@ def test_training_depends_on_data_and_seed_only() -> None:
 
 def test_training_takes_a_sample_of_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hyperfaiss.codec, "_MAX_POINTS_PER_CENTROID", 10)
-    x = tangents(1000, 4)
+    x = vectors(1000, 4)
     whole, part = (HyperbolicProductQuantizer(4, 2, 4) for _ in range(2))
     whole.train(x)
     part.train(x[:160])
@@ -114,7 +104,7 @@ def test_empty_clusters_are_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
     """All centres start at one point, so 15 of 16 clusters are empty: these take the farthest points, no point twice."""
     monkeypatch.setattr(hyperfaiss.codec, "_seed_centers", lambda *args: np.zeros(args[2], np.int64))
     monkeypatch.setattr(hyperfaiss.codec, "_TRAIN_ITERATIONS", 1)
-    x = np.repeat(tangents(60, 2), 3, axis=0)
+    x = np.repeat(vectors(60, 2), 3, axis=0)
     codec = HyperbolicProductQuantizer(2, 1, 4)
     codec.train(x)
     p = points(codec, x)[::3, 0]
@@ -125,7 +115,7 @@ def test_empty_clusters_are_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fewer_distinct_points_than_codewords() -> None:
-    x = tangents(5, 4)[np.arange(100) % 5]
+    x = vectors(5, 4)[np.arange(100) % 5]
     for theta in CURVATURES:
         codec = HyperbolicProductQuantizer(4, 2, 4, curvatures=theta)
         codec.train(x)
@@ -136,7 +126,7 @@ def test_fewer_distinct_points_than_codewords() -> None:
 @pytest.mark.parametrize("radius", [1.0, 10.0, 20.0, 30.0, 60.0])
 def test_training_on_long_vectors(radius: float) -> None:
     """Up to where points leave float32 (88/√θ) the codebooks come out finite and the codes right."""
-    x = tangents(40, 8)
+    x = vectors(40, 8)
     x *= radius / np.linalg.norm(x.reshape(-1, 2, 4), axis=2).repeat(4, axis=1).reshape(x.shape)
     x = np.repeat(x[:16], 20, axis=0)
     codec = HyperbolicProductQuantizer(8, 2, 4)
@@ -149,7 +139,7 @@ def test_training_on_long_vectors(radius: float) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_failed_training_keeps_the_old_codebooks(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
-    x = tangents(100, 4)
+    x = vectors(100, 4)
     codec = HyperbolicProductQuantizer(4, 2, 4)
     kmeans, calls = hyperfaiss.codec._kmeans, iter([False, True, False, False, False, True])
 
@@ -174,7 +164,7 @@ def test_failed_training_keeps_the_old_codebooks(error: type[BaseException], mon
 
 
 def test_verbose_shows_progress(capfd: pytest.CaptureFixture[str]) -> None:
-    x = tangents(100, 4)
+    x = vectors(100, 4)
     for verbose in (False, True):
         codec = HyperbolicProductQuantizer(4, 2, 4)
         codec.verbose = verbose
@@ -214,7 +204,7 @@ def test_codewords_encode_to_their_own_index(theta: float, nbits: int) -> None:
 def test_codes_against_oracle(theta: float, clip_radius: float | None) -> None:
     for nbits, M, dsub in ((4, 3, 4), (8, 2, 7), (6, 4, 1)):
         codec = random_codec(M, 1 << nbits, dsub, theta=theta, clip_radius=clip_radius)
-        x = tangents(4000 >> nbits, codec.d)[:60]
+        x = vectors(4000 >> nbits, codec.d)[:60]
         np.testing.assert_array_equal(points(codec, x), naive.points_of(x, codec.curvatures, clip_radius))
         np.testing.assert_array_equal(codec.compute_codes(x), naive_codes(codec, x))
 
@@ -226,7 +216,7 @@ def test_near_ties_and_duplicates(theta: float) -> None:
     books = rng.normal(size=(1, 16, 6)).astype(np.float32)
     books[0, 8:] = books[0, :8]  # twins: never 8 or more
     codec = HyperbolicProductQuantizer.from_codebooks(books, theta)
-    x = tangents(200, 6)
+    x = vectors(200, 6)
     codes = codec.compute_codes(x)
     assert codes.max() < 8
     np.testing.assert_array_equal(codes, naive_codes(codec, x))
@@ -257,7 +247,7 @@ def test_codes_at_any_scale(exponent: int, theta: float) -> None:
 
 def test_codes_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     codec = random_codec(M=4, ksub=64, dsub=8)
-    x = tangents(500, 32)
+    x = vectors(500, 32)
     ref = codec.compute_codes(x)
     np.testing.assert_array_equal(np.vstack([codec.compute_codes(row[None]) for row in x]), ref)
     monkeypatch.setattr(hyperfaiss.codec, "_ENCODE_ROWS", 17)
@@ -273,7 +263,7 @@ def test_flat_codes_are_those_of_faiss() -> None:
     codec = random_codec(M=8, ksub=256, dsub=4, theta=0.0)
     pq = faiss.ProductQuantizer(32, 8, 8)
     faiss.copy_array_to_vector(codec.codebooks.ravel(), pq.centroids)
-    x = tangents(2000, 32)
+    x = vectors(2000, 32)
     ref, comp = pq.compute_codes(x), codec.compute_codes(x)
     p = points(codec, x)
     for i, m in np.argwhere(ref != comp):  # FAISS's float32 can't tell these two apart
@@ -295,7 +285,7 @@ def test_decode_gives_tangent_vectors() -> None:
 
 
 def test_clip_radius_takes_effect() -> None:
-    x = tangents(20, 12) * 10
+    x = vectors(20, 12) * 10
     free, clipped = random_codec(), random_codec(clip_radius=0.5)
     assert (free.compute_distance_tables(x) != clipped.compute_distance_tables(x)).any()
     shorter = lorentz.clip(x.reshape(-1, 3, 4), 0.5).reshape(x.shape)
@@ -310,7 +300,7 @@ def test_clip_radius_takes_effect() -> None:
 @pytest.mark.parametrize("nbits", [4, 6])
 def test_tables_against_oracle(theta: float, metric: Any, nbits: int) -> None:
     codec = random_codec(M=2, ksub=1 << nbits, dsub=4, theta=[theta, 0.3], metric=metric)
-    x = tangents(6, 8) * np.float32([[0], [1e-6], [1e-3], [0.5], [1], [3]])
+    x = vectors(6, 8) * np.float32([[0], [1e-6], [1e-3], [0.5], [1], [3]])
     own = codec.decode(np.full((1, 2), 5, np.uint8))  # a codeword: distance 0, or next to it
     near = own * np.float32(1 + 1e-4)
     x = np.vstack([x, near])
@@ -342,7 +332,7 @@ def test_tables_of_far_points(radius: float, dsub: int) -> None:
 @pytest.mark.parametrize("theta", CURVATURES)
 def test_tables_are_those_of_lorentz(theta: float) -> None:
     """The compiled twins agree with the module that training uses, in both metrics."""
-    x = tangents(30, 8)
+    x = vectors(30, 8)
     for metric in ("geodesic", "squared"):
         codec = random_codec(M=2, ksub=32, dsub=4, theta=theta, metric=metric)
         distance = lorentz.distance(points(codec, x)[:, :, None], codec.codebooks, codec.curvatures[:, None])
@@ -353,7 +343,7 @@ def test_tables_are_those_of_lorentz(theta: float) -> None:
 @pytest.mark.parametrize("metric", ["geodesic", "squared"])
 def test_a_querys_table_does_not_depend_on_the_batch(metric: Any) -> None:
     codec = random_codec(M=5, ksub=256, dsub=7, metric=metric)
-    x = tangents(37, 35)
+    x = vectors(37, 35)
     ref = codec.compute_distance_tables(x)
     for rows in (slice(0, 1), slice(3, 4), slice(1, 36), slice(36, 0, -1)):
         np.testing.assert_array_equal(codec.compute_distance_tables(x[rows]).view(np.uint32), ref[rows].view(np.uint32))
@@ -395,7 +385,7 @@ def test_from_codebooks_copies() -> None:
 def test_save_and_load(trained_by: str, tmp_path: Path) -> None:
     if trained_by == "train":
         codec = HyperbolicProductQuantizer(12, 3, 5, curvatures=[0, 1.5, 1e-4], metric="squared", clip_radius=0.3, seed=5)
-        codec.train(tangents(100, 12))
+        codec.train(vectors(100, 12))
     else:
         codec = random_codec()
     codec.save(tmp_path / "codec")
@@ -405,7 +395,7 @@ def test_save_and_load(trained_by: str, tmp_path: Path) -> None:
         assert type(getattr(comp, name)) is type(getattr(codec, name))
     for name in ("curvatures", "codebooks"):
         np.testing.assert_array_equal(getattr(comp, name), getattr(codec, name))
-    x = tangents(50, 12)
+    x = vectors(50, 12)
     np.testing.assert_array_equal(comp.compute_distance_tables(x), codec.compute_distance_tables(x))
     np.testing.assert_array_equal(comp.compute_codes(x), codec.compute_codes(x))
 
@@ -536,7 +526,7 @@ def test_untrained(tmp_path: Path) -> None:
             call()
     assert not list(tmp_path.iterdir())
     with pytest.raises(InvalidVectorsError, match="at least ksub = 256 vectors, got 255"):
-        codec.train(tangents(255, 8))
+        codec.train(vectors(255, 8))
 
 
 def test_every_error_is_in_the_tree() -> None:
@@ -552,7 +542,7 @@ def test_every_error_is_in_the_tree() -> None:
 
 def test_input_types() -> None:
     codec = random_codec()
-    x = np.round(tangents(10, 12) * 8) / 8  # the same in every dtype
+    x = np.round(vectors(10, 12) * 8) / 8  # the same in every dtype
     ref = codec.compute_codes(x)
     wide = np.zeros((20, 24), np.float32)
     wide[::2, ::2] = x

@@ -11,10 +11,7 @@ import pytest
 
 from hyperfaiss import HyperbolicIVFPQIndex, HyperbolicPQIndex, InvalidParameterError
 from hyperfaiss.factory import index_factory
-
-
-def vectors(n: int, d: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
+from tests.toys import vectors
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
 from collections.abc import Callable, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -21,7 +20,6 @@ from hyperfaiss import (
     FileFormatError,
     HyperbolicIVFPQIndex,
     HyperbolicPQIndex,
-    HyperbolicProductQuantizer,
     InvalidParameterError,
     InvalidVectorsError,
     NotTrainedError,
@@ -29,14 +27,10 @@ from hyperfaiss import (
     interop,
 )
 from hyperfaiss.interop import faiss_query, from_faiss, projector_from_faiss, to_faiss
+from tests.toys import Python, flat_quantizer, random_codec, vectors
 
-Python = Callable[..., "subprocess.CompletedProcess[str]"]
 L2, IP = faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT
 SIGN = {L2: 1, IP: -1}
-
-
-def vectors(n: int, d: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
 
 
 def faiss_pq(x: np.ndarray, M: int, nbits: int, metric: int = L2) -> Any:
@@ -57,18 +51,15 @@ def faiss_ivf(x: np.ndarray, nlist: int, M: int, nbits: int, metric: int = L2) -
 
 
 def ours(n: int = 3000, M: int = 4, nbits: int = 8, dsub: int = 3, **options: Any) -> HyperbolicPQIndex:
-    books = vectors(M * 2**nbits, dsub, seed=3).reshape(M, 2**nbits, dsub)
     theta = options.pop("theta", 0.0 if options.get("metric") == "inner_product" else [0.0, 0.3, 1.0, 4.0][:M])
-    index = HyperbolicPQIndex.from_codec(HyperbolicProductQuantizer.from_codebooks(books, theta, **options))
+    index = HyperbolicPQIndex.from_codec(random_codec(M, 2**nbits, dsub, seed=3, theta=theta, **options))
     index.add(vectors(n, M * dsub, seed=4))
     return index
 
 
 def our_ivf(n: int = 3000, nlist: int = 20, **options: Any) -> HyperbolicIVFPQIndex:
     codec = ours(0, **options).codec
-    coarse = faiss.IndexFlatL2(codec.d)
-    coarse.add(vectors(nlist, codec.d, seed=5))
-    index = HyperbolicIVFPQIndex.from_codec(coarse, codec, nlist)
+    index = HyperbolicIVFPQIndex.from_codec(flat_quantizer(vectors(nlist, codec.d, seed=5)), codec, nlist)
     index.add_with_ids(vectors(n, codec.d, seed=4), np.random.default_rng(6).permutation(2 * n)[:n])
     return index
 

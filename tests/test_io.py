@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import struct
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,8 +36,7 @@ from hyperfaiss import (
     read_index,
     write_index,
 )
-
-Python = Callable[..., "subprocess.CompletedProcess[str]"]
+from tests.toys import Python, flat_quantizer
 
 
 def codec() -> HyperbolicProductQuantizer:
@@ -76,9 +74,7 @@ def flat_with_ids() -> HyperbolicPQIndex:
 
 
 def quantizer(d: int = 2) -> faiss.Index:
-    coarse = faiss.IndexFlatL2(d)
-    coarse.add(np.random.default_rng(4).normal(size=(5, d)).astype(np.float32))
-    return coarse
+    return flat_quantizer(np.random.default_rng(4).normal(size=(5, d)).astype(np.float32))
 
 
 def ivf() -> HyperbolicIVFPQIndex:

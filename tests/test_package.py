@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import hyperfaiss
 from hyperfaiss import errors
+from tests.toys import Python
 
 ROOT = Path(__file__).resolve().parent.parent
-Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def test_every_export_exists_and_is_documented() -> None:

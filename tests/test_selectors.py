@@ -24,8 +24,8 @@ from hyperfaiss import (
 )
 from hyperfaiss.selectors import admitted
 from hyperfaiss.storage import positions_of
+from tests.toys import Index, empty_index, flat_quantizer
 
-Index = HyperbolicPQIndex | HyperbolicIVFPQIndex
 D, NTOTAL, NLIST = 8, 700, 9
 X = np.random.default_rng(1).normal(size=(NTOTAL, D)).astype(np.float32)
 Q = np.random.default_rng(2).normal(size=(6, D)).astype(np.float32)
@@ -35,12 +35,9 @@ SPARSE = np.random.default_rng(3).permutation(5 * NTOTAL)[:NTOTAL]
 
 
 def empty(kind: str) -> Index:
-    if kind.startswith("flat"):
-        return HyperbolicPQIndex.from_codec(CODEC)
-    coarse = faiss.IndexFlatL2(D)
-    coarse.add(X[:NLIST])
-    index = HyperbolicIVFPQIndex.from_codec(coarse, CODEC, NLIST)
-    index.nprobe = 4
+    index = empty_index(kind, CODEC, flat_quantizer(X[:NLIST]))
+    if isinstance(index, HyperbolicIVFPQIndex):
+        index.nprobe = 4
     return index
 
 

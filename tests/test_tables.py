@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from hyperfaiss import HyperbolicProductQuantizer, InvalidParameterError, lorentz
 from hyperfaiss.kernels import tables
-
-Python = Callable[..., "subprocess.CompletedProcess[str]"]
+from tests.toys import Python
 
 THETAS = [0.0, 1e-30, 1e-4, 1.0, 10.0, 1e20]
 
