@@ -12,6 +12,7 @@ to be known to FAISS, in whatever language it is called; only the query matrix i
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from .index import HyperbolicPQIndex
 from .ivf import HyperbolicIVFPQIndex
 from .model import Projector
 from .packing import pack, unpack
-from .storage import Piece
+from .storage import Codes, Piece
 
 __all__ = ["faiss_query", "from_faiss", "projector_from_faiss", "to_faiss"]
 
@@ -248,7 +249,6 @@ def _unwrap(index: Any) -> tuple[Any, list[Any], list[IntArray]]:
 def _pieces(core: Any, id_maps: list[IntArray]) -> Iterator[Piece]:
     """The vectors of an IndexPQ or IndexIVFPQ, with what the id maps around it make of their ids."""
     import faiss
-    from faiss.contrib.inspect_tools import get_invlist
 
     M, nbits = core.pq.M, core.pq.nbits
     if isinstance(core, faiss.IndexPQ):
@@ -258,16 +258,34 @@ def _pieces(core: Any, id_maps: list[IntArray]) -> Iterator[Piece]:
             ids = _mapped(np.arange(start, start + len(part)), id_maps) if id_maps else None
             yield Piece(unpack(part, M, nbits), ids)
         return
-    first = 0
+    invlists = core.invlists
+    sizes = np.fromiter(map(invlists.list_size, range(core.nlist)), np.int64, core.nlist)
+    ends = np.cumsum(sizes)
+    first = done = 0
     while first < core.nlist:
-        found, total, last = [], 0, first
-        while last < core.nlist and total < _PIECE:
-            found.append(get_invlist(core.invlists, last))
-            total, last = total + len(found[-1][0]), last + 1
-        ids, codes = (np.concatenate(side) for side in zip(*found, strict=True))
-        lists = np.repeat(np.arange(first, last), [len(ids) for ids, _ in found])
+        last = min(int(np.searchsorted(ends, done + _PIECE)) + 1, core.nlist)
+        lists = np.repeat(np.arange(first, last), sizes[first:last])
+        codes, ids = _copied(invlists, lists, core.code_size)
         yield Piece(unpack(codes, M, nbits), _mapped(ids, id_maps), lists)
-        first = last
+        first, done = last, int(ends[last - 1])
+
+
+def _copied(invlists: Any, lists: IntArray, code_size: int) -> tuple[Codes, IntArray]:
+    """Codes (n, code_size) and ids (n,) of whole inverted lists, one after the other: ``lists`` (n,) names each vector's."""
+    codes, ids = np.empty((len(lists), code_size), np.uint8), np.empty(len(lists), np.int64)
+    starts = np.flatnonzero(np.diff(lists, prepend=-1))
+    numbers, counts = lists[starts].tolist(), np.diff(starts, append=len(lists)).tolist()
+    for array, get, release in (
+        (codes, invlists.get_codes, invlists.release_codes),
+        (ids, invlists.get_ids, invlists.release_ids),
+    ):
+        target, row = array.ctypes.data, array.strides[0]
+        for number, count in zip(numbers, counts, strict=True):
+            pointer = get(number)
+            ctypes.memmove(target, int(pointer), count * row)
+            release(number, pointer)
+            target += count * row
+    return codes, ids
 
 
 def _mapped(labels: IntArray, id_maps: list[IntArray]) -> IntArray:

@@ -13,6 +13,7 @@ import faiss
 import numpy as np
 import pytest
 from faiss.contrib import evaluation, exhaustive_search
+from faiss.contrib.inspect_tools import get_invlist
 from sklearn.datasets import load_digits, load_sample_image
 from sklearn.feature_extraction.image import extract_patches_2d
 
@@ -202,6 +203,29 @@ def test_large_indexes_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         index = from_faiss(theirs)
         assert index.ntotal == 2000
         assert_same_neighbours(theirs.search(xq, 10), index.search(xq, 10))
+
+
+@pytest.mark.parametrize("piece", [1, 70, 1 << 20])
+def test_lists_are_copied_whole_wherever_pieces_end(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against FAISS's own way of reading a list; most are empty, the last among them, and one is longer than a piece."""
+    nlist = 500
+    theirs = faiss_ivf(vectors(600, 8), 3, 2, 8)
+    wide = faiss.IndexIVFPQ(flat_quantizer(vectors(nlist, 8, seed=3)), 8, nlist, 2, 8)
+    wide.by_residual, wide.pq, wide.is_trained = False, theirs.pq, True
+    rng = np.random.default_rng(4)
+    sizes = np.where(rng.random(nlist - 1) < 0.9, 0, rng.integers(1, 9, nlist - 1))
+    sizes[123] = 300
+    for number in np.flatnonzero(sizes).tolist():
+        codes, ids = rng.integers(256, size=(sizes[number], 2)).astype(np.uint8), rng.integers(10**15, size=sizes[number])
+        wide.invlists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
+    wide.ntotal = int(sizes.sum())
+    monkeypatch.setattr(interop, "_PIECE", piece)
+    index = from_faiss(wide)
+    assert isinstance(index, HyperbolicIVFPQIndex)
+    assert index.ntotal == wide.ntotal
+    for number in range(nlist):
+        for comp, ref in zip(index.get_list(number), get_invlist(wide.invlists, number), strict=True):
+            np.testing.assert_array_equal(comp, ref)
 
 
 def test_an_id_of_several_vectors_stays_theirs() -> None:
