@@ -37,6 +37,7 @@ class Checkpoint:
     hierarchy : the latest clusters, None before there were any.
     optimizer, sums, data : for going on (``last.pt``): the optimiser's state, the sums of the losses of the unfinished
         epoch, and a fingerprint of the training data.
+    card : what a model card says of the training: "data" and "versions".
     """
 
     config: TrainConfig
@@ -51,6 +52,7 @@ class Checkpoint:
     sums: list[float] | None = None
     data: str | None = None
     features: dict[str, Any] | None = None
+    card: dict[str, Any] | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it, all or nothing."""

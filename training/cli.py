@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from hyperfaiss.errors import HyperfaissError, InvalidParameterError, InvalidVectorsError
 from training.config import TrainConfig
@@ -101,7 +100,8 @@ def train(
             )
         from training.train import train as run
 
-        result = run(source, config, out, labels=y, backbone=network, resume=resume, device=device)
+        name = Path(embeddings).name if embeddings is not None else Path(str(data)).name
+        result = run(source, config, out, labels=y, backbone=network, data=name, resume=resume, device=device)
         row = result.history[result.best_epoch - 1]
         quality = f", validation MAP {100 * row['val_map']:.1f} %" if row["val_map"] is not None else ""
         typer.echo(f"kept epoch {result.best_epoch} of {len(result.history)}: loss {row['total']:.3f}{quality}")
@@ -130,21 +130,21 @@ def export(
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The model file.")],
     database: Annotated[Path | None, _option("FILE", "Vectors to search: .npy, .npz or Parquet.")] = None,
-    database_labels: Annotated[str | None, _option("FILE|NAME", "Their labels: .npy, or an array or column of FILE.")] = None,
+    database_labels: Annotated[str | None, _option("FILE|NAME", "Their labels: .npy, or a name in FILE.")] = None,
     queries: Annotated[Path | None, _option("FILE", "Vectors to search with.")] = None,
     query_labels: Annotated[str | None, _option("FILE|NAME", "Their labels.")] = None,
-    data: Annotated[str | None, _option("DIR|NAME", "Images to search: a folder of class folders, or digits, ...")] = None,
+    data: Annotated[str | None, _option("DIR|NAME", "Images: a folder of class folders, or digits, ...")] = None,
     split: Annotated[str, _option("PART", "Part of them: train, test or all.")] = "all",
-    query_split: Annotated[str | None, _option("PART", "Part to search with (default: drawn from each class).")] = None,
+    query_split: Annotated[str | None, _option("PART", "Part to search with (default: some of each).")] = None,
     queries_per_class: Annotated[int | None, _option("Q", "How many (default: a sixth, at most 100).", min=1)] = None,
-    weights: Annotated[Path | None, _option("FILE", "The backbone's weights, in place of the usual ones.")] = None,
+    weights: Annotated[Path | None, _option("FILE", "The backbone's weights, not the usual ones.")] = None,
     image_size: Annotated[int | None, _option("S", "Side of the images (default: as in training).")] = None,
-    cache: Annotated[Path | None, _option("DIR", "Where features are kept, such as RUN/cache (default: nowhere).")] = None,
+    cache: Annotated[Path | None, _option("DIR", "Where features are kept, such as RUN/cache.")] = None,
     device: Annotated[str, _option("NAME", "Where the backbone computes: cpu or cuda.")] = "cpu",
     n: Annotated[int, _option("N", "Length of the result lists.", "-n", min=1)] = 1000,
     at: Annotated[list[int] | None, _option("K", "P@K, recall@K; repeatable (default: 1, 10, 100).", "-k", min=1)] = None,
     recall_queries: Annotated[int, _option("Q", "Queries to measure recall with; 0: none.", min=0)] = 1000,
-    depth: Annotated[int | None, _option("R", "Ranks of the curve; 0: all (default: 10000).", min=0)] = None,
+    depth: Annotated[int | None, _option("R", "Ranks of the curve; 0: all (default: N, or plotted 10000).", min=0)] = None,
     plots: Annotated[Path | None, _option("DIR", "Write the precision-recall curve here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -228,19 +228,24 @@ def _labelled_images(
         return np.asarray(cache_features(of, backbone, cache, device=device))
 
     if asked is not None:
+        if y.ndim == 2 and asked.class_names != images.class_names:
+            raise InvalidVectorsError(f"parts {split} and {query_split} of {data} have different labels")
         return features(images), y, features(asked), _by_name(asked, data)
-    drawn = split_protocol(np.unique(y, return_inverse=True)[1], queries_per_class=queries_per_class)
+    numbers = y if y.ndim == 2 else np.unique(y, return_inverse=True)[1]
+    drawn = split_protocol(numbers, queries_per_class=queries_per_class)
     x = features(images)
     return x[drawn.database], y[drawn.database], x[drawn.query], y[drawn.query]
 
 
 def _by_name(found: Any, where: Any) -> Any:
-    """Labels (n,) that compare across files and folders, each of which numbers its classes for itself: names, if there are."""
+    """Labels that compare across files and folders: (n,), names if there are any, as each numbers its classes for itself; or
+    bool (n, L) of several labels."""
     import numpy as np
 
     if found.labels is None:
         raise InvalidVectorsError(f"{where} has no labels to measure MAP with")
-    return np.asarray(found.class_names)[found.labels] if found.class_names else found.labels
+    named = found.class_names and found.labels.ndim == 1
+    return np.asarray(found.class_names)[found.labels] if named else found.labels
 
 
 def _config(out: Path, name: str, bits: int | None, seed: int | None, changes: list[str], *, resume: bool) -> TrainConfig:

@@ -58,7 +58,8 @@ def export(
     Args:
         path: where to; None only returns the model.
         backbone: name of what made the features, if the checkpoint does not know it.
-        metadata: more JSON-able fields beside "config", "epoch" (the log's row of the exported epoch) and "features"
+        metadata: more JSON-able fields of the model card, which holds "data" and "versions" of the training, "config"
+            (the recipe as resolved), "epoch" (the log's row of the exported epoch, with what was measured) and "features"
             (what is known of the backbone, see ``Backbone.facts``).
 
     Raises:
@@ -69,6 +70,7 @@ def export(
     if backbone is not None and checkpoint.backbone not in (None, backbone):
         raise InvalidParameterError(f"the checkpoint was trained on {checkpoint.backbone!r}, not on {backbone!r}")
     facts: dict[str, Any] = {
+        **(checkpoint.card or {}),
         "config": checkpoint.config.to_dict(),
         "epoch": checkpoint.history[-1] if checkpoint.history else None,
     }

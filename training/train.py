@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+import hyperfaiss
 from hyperfaiss import lorentz
 from hyperfaiss.errors import HyperfaissError, InvalidParameterError, InvalidVectorsError
 from hyperfaiss.io import atomic_path
@@ -87,6 +89,7 @@ def train(
     *,
     labels: npt.ArrayLike | None = None,
     backbone: str | Backbone | None = None,
+    data: str | None = None,
     resume: bool = False,
     device: str | torch.device = "cpu",
     progress: bool = True,
@@ -103,6 +106,7 @@ def train(
         config: default ``recipe()``; on resuming, that of the checkpoint.
         out: the run's folder; None writes nothing.
         backbone: what made the features, or its name, for the exported model.
+        data: what to call the training items in the model card.
         resume: go on from ``out/last.pt``, or start if there is none.
         device: where to compute.
         progress: show a bar on stderr, if that is a terminal.
@@ -114,7 +118,7 @@ def train(
         TrainingInterrupted: by Ctrl-C or SIGTERM, after the state was saved; a second one stops at once.
     """
     with torch.random.fork_rng(devices=_cuda_devices(device)):
-        run = _Run(source, config, out, labels, backbone, resume, torch.device(device))
+        run = _Run(source, config, out, labels, backbone, data, resume, torch.device(device))
         with deferred_signals() as interrupted, _Display(run, shown=progress) as display:
             while not run.done:
                 run.epoch(interrupted, display)
@@ -131,6 +135,7 @@ class _Run:
         out: str | os.PathLike[str] | None,
         labels: npt.ArrayLike | None,
         backbone: str | Backbone | None,
+        data: str | None,
         resume: bool,
         device: torch.device,
     ) -> None:
@@ -145,6 +150,7 @@ class _Run:
             self.features = stored.features
         if stored and stored.data != self.data:
             raise InvalidParameterError(f"{self.out} was trained on other data: resume with the same, or start anew")
+        self.card = stored.card if stored else _card(data, source, self.data)
         self.labels = _checked_labels(labels, source.n)
         self.train_rows, self.val_rows = _split(source.n, config)
         self.batch_size = min(config.batch_size, len(self.train_rows))
@@ -344,6 +350,7 @@ class _Run:
             d_in=self.source.d_in,
             backbone=self.backbone,
             features=self.features,
+            card=self.card,
             model=state_of(self.model),
             epoch=self.finished,
             step=self.step,
@@ -437,6 +444,19 @@ class _Display:
 
 
 # ---------------------------------------------------------------------------------------------- pieces
+
+
+def _card(name: str | None, source: ViewSource, fingerprint: str) -> dict[str, Any]:
+    """What the model card says of the training that its configuration does not."""
+    return {
+        "data": {"name": name, "items": source.n, "dimensions": source.d_in, "fingerprint": fingerprint},
+        "versions": {
+            "hyperfaiss": hyperfaiss.__version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),  # a subclass of str, which checkpoints can't hold
+            "numpy": np.__version__,
+        },
+    }
 
 
 def _rng(seed: int, *purpose: int) -> np.random.Generator:

@@ -19,7 +19,9 @@ from training.train import train
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    return train(NoisyViews(), CONFIG.replace(epochs=2), out, labels=LABELS, backbone="made-up", progress=False)
+    return train(
+        NoisyViews(), CONFIG.replace(epochs=2), out, labels=LABELS, backbone="made-up", data="made-up vectors", progress=False
+    )
 
 
 def hard_codes(module, features):
@@ -61,6 +63,10 @@ def test_file_round_trip(run, tmp_path):
     assert model.metadata["config"] == CONFIG.replace(epochs=2).to_dict()
     assert model.metadata["epoch"]["epoch"] == run.best_epoch
     assert model.metadata["note"] == "x"
+    source = NoisyViews()
+    data = model.metadata["data"]
+    assert (data["name"], data["items"], data["dimensions"]) == ("made-up vectors", source.n, source.d_in)
+    assert model.metadata["versions"]["torch"] == torch.__version__
     json.dumps(model.metadata)
 
     index = HyperbolicPQIndex.from_model(tmp_path / "model.safetensors")
