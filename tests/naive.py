@@ -168,14 +168,72 @@ def search(tables: np.ndarray, codes: np.ndarray, k: int) -> tuple[np.ndarray, n
     return D, I
 
 
-def mean_average_precision(I: np.ndarray, query_labels: Sequence[int], labels: Sequence[int], N: int) -> float:
+def exact_search(points: np.ndarray, queries: np.ndarray, curvatures: Vector, power: int, k: int) -> tuple[list, list]:
+    """D and I of the k points (n, M, dsub) nearest to each query (nq, M, dsub) by Σ_m d_m**power, ties to the smaller row."""
+    D, I = [], []
+    for q in queries:
+        found = sorted(
+            (math.fsum(distance(a, b, float(t)) ** power for a, b, t in zip(q, x, curvatures, strict=True)), i)
+            for i, x in enumerate(points)
+        )[:k]
+        D.append([d for d, _ in found])
+        I.append([i for _, i in found])
+    return D, I
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+def relevant(a: Sequence[bool] | int, b: Sequence[bool] | int) -> bool:
+    """Whether two labels are the same, or two sets of labels share one."""
+    if np.ndim(a):
+        return any(x and y for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def mean_average_precision(I: np.ndarray, query_labels: Sequence, labels: Sequence, N: int) -> float:
     """Mean over the queries of AP@N = Σ_i precision(i) · rel(i) / (hits within N); a query without hits counts 0."""
     values = []
     for row, label in zip(I, query_labels, strict=True):
         hits, total = 0, 0.0
         for rank, i in enumerate(row[:N], start=1):
-            if i >= 0 and labels[i] == label:
+            if i >= 0 and relevant(labels[i], label):
                 hits += 1
                 total += hits / rank
         values.append(total / hits if hits else 0.0)
     return math.fsum(values) / len(values)
+
+
+def precision(I: np.ndarray, query_labels: Sequence, labels: Sequence, k: int) -> list[float]:
+    """Of each query, the share of its first k results that is relevant."""
+    return [sum(i >= 0 and relevant(labels[i], label) for i in row[:k]) / k for row, label in zip(I, query_labels, strict=True)]
+
+
+def recall(I: Sequence[Sequence[int]], true: Sequence[Sequence[int]]) -> list[float]:
+    """Of each query, the share of its true neighbours (−1 is none) that its results have."""
+    shares = []
+    for found, wanted in zip(I, true, strict=True):
+        there = {i for i in wanted if i >= 0}
+        shares.append(len(there & set(found)) / len(there) if there else 0.0)
+    return shares
+
+
+def subspace(points: Sequence[Vector], codewords: Sequence[Vector], theta: float) -> dict[str, float]:
+    """Usage of a codebook and errors of the points that it codes."""
+    codes = assign(points, codewords, theta)
+    shares = [codes.count(c) / len(codes) for c in set(codes)]
+    entropy = -math.fsum(p * math.log2(p) for p in shares)
+    squared = math.fsum(squared_distance(x, codewords[c], theta) for x, c in zip(points, codes, strict=True)) / len(points)
+    geodesic = math.fsum(distance(x, codewords[c], theta) for x, c in zip(points, codes, strict=True)) / len(points)
+    middle = midpoint(points, [1.0] * len(points), theta)
+    spread = math.fsum(squared_distance(x, middle, theta) for x in points) / len(points)
+    return {
+        "ksub": len(codewords),
+        "used": len(set(codes)),
+        "entropy": entropy,
+        "perplexity": 2**entropy,
+        "squared_error": squared,
+        "geodesic_error": geodesic,
+        "spread": spread,
+        "relative_error": squared / spread if spread > 0 else 0.0,
+    }

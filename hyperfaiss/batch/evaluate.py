@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from ..checks import as_integer
 from ..errors import CorruptFileError, FileFormatError, InvalidParameterError, InvalidVectorsError
-from ..metrics import precision_and_ap
+from ..metrics import Relevance, precision_and_ap, recall
 from . import files
 from .results import Hits, Results
 from .sources import Paths, Source, as_source, open_parquet
@@ -31,8 +31,8 @@ class Scores:
 
     queries, k : how many, and the length of their lists.
     metrics : ``recall@n`` (share of the n true neighbours among the first n results), ``1-recall@n`` (how often the nearest one
-        is among them), ``precision@n`` (share of the first n results with the query's label) and ``map@n`` (mean average
-        precision within the first n: Σᵢ precision(i)·rel(i) / hits within n).
+        is among them), ``precision@n`` (share of the first n results that are relevant) and ``map@n`` (mean average
+        precision within the first n: Σᵢ precision(i)·rel(i) / hits within n). All are those of ``hyperfaiss.metrics``.
     """
 
     queries: int
@@ -61,7 +61,8 @@ def evaluate(
     results : the job's folder.
     ground_truth : the true neighbours of each query, nearest first, in the order of the queries: ids (nq, n) as .npy, .ivecs,
         .ibin or Parquet, or the folder of another search (such as one over exact vectors).
-    labels, query_labels : labels (integers or strings) of the database and of the queries: .npy (n,) or Parquet.
+    labels, query_labels : labels (integers or strings) of the database and of the queries: .npy (n,) or Parquet; or of several
+        labels each, .npy bool (n, L). Relevant is what has the query's label, or shares one.
     label_column : their column, in Parquet.
     id_column : the column of ``labels`` that says which vector each label is for, by id or string key; without it, row i is
         for id i. The labels of queries are in the order of the queries.
@@ -109,7 +110,7 @@ class _Neighbours:
             nearest = (hits.I[:, :n] == true[:, :1]) & (hits.I[:, :n] >= 0)
             scores.append((f"1-recall@{n}", float(nearest.any(axis=1).sum())))
             if n <= self._width:
-                scores.append((f"recall@{n}", _common(hits.I[:, :n], true[:, :n]) / n))
+                scores.append((f"recall@{n}", float(recall(hits.I[:, :n], true[:, :n]).sum())))
         return scores
 
     def _read(self, first: int, stop: int) -> IntArray:
@@ -121,17 +122,8 @@ class _Neighbours:
         return vectors.astype(np.int64)
 
 
-def _common(found: IntArray, true: IntArray) -> int:
-    """How many ids of each row of one matrix are in the same row of the other, summed; −1 is nobody."""
-    both = np.concatenate([found, true], axis=1)
-    numbers = np.unique(both, return_inverse=True)[1].reshape(both.shape).astype(np.int64)
-    # One number for (row, id), so that one call compares all rows.
-    keys = numbers + np.arange(len(found))[:, None] * (int(numbers.max(initial=0)) + 1)
-    return int(np.isin(keys[:, : found.shape[1]][found >= 0], keys[:, found.shape[1] :][true >= 0]).sum())
-
-
 class _Labels:
-    """Judges by whether a result has the query's label."""
+    """Judges by whether a result has the query's label, or shares one with it."""
 
     def __init__(self, labels: Paths, query_labels: Paths, column: str, id_column: str | None, results: Results) -> None:
         base, asked = _read_column(labels, column), _read_column(query_labels, column)
@@ -139,26 +131,24 @@ class _Labels:
             raise InvalidVectorsError(f"there are {len(asked)} query labels, {results.folder} has {results.n} queries")
         if isinstance(base, np.ndarray) != isinstance(asked, np.ndarray):
             raise InvalidVectorsError("labels must be integers in both files or strings in both files")
-        if isinstance(base, np.ndarray):
-            self._base, self._asked = base, asked
-        else:  # strings, by number
+        if not isinstance(base, np.ndarray):  # strings, by number
             coded = base.dictionary_encode()
-            self._base = coded.indices.to_numpy()
-            self._asked = pc.fill_null(pc.index_in(asked, value_set=coded.dictionary), -1).to_numpy()
+            base = coded.indices.to_numpy()
+            asked = pc.fill_null(pc.index_in(asked, value_set=coded.dictionary), -1).to_numpy()
         self._ids = None if id_column is None else _read_column(labels, id_column)
         self._keyed = self._ids is not None and not isinstance(self._ids, np.ndarray)
         if self._ids is not None and not self._keyed:
             order = np.argsort(self._ids, kind="stable")
-            self._ids, self._base = self._ids[order], self._base[order]
+            self._ids, base = self._ids[order], base[order]
         if self._keyed and not results.keyed:
             raise InvalidVectorsError(f"column {id_column!r} holds strings, the ids in {results.folder} are integers")
+        self._relevance = Relevance(asked, base)
 
     def score(self, first: int, hits: Hits, lengths: Sequence[int]) -> list[tuple[str, float]]:
         found = hits.I >= 0
-        same: npt.NDArray[np.bool_] = np.zeros(hits.I.shape, bool)
-        wanted = np.broadcast_to(self._asked[first : first + len(found), None], found.shape)
-        same[found] = self._base[self._rows(hits, found)] == wanted[found]
-        precision, ap = precision_and_ap(same)
+        rows = np.full(hits.I.shape, -1)
+        rows[found] = self._rows(hits, found)
+        precision, ap = precision_and_ap(self._relevance.of(rows, first))
         scores = []
         for n in lengths:
             scores.append((f"map@{n}", float(ap[:, n - 1].sum())))
@@ -173,7 +163,7 @@ class _Labels:
             missing = np.asarray(rows.is_null())
             numbers = pc.fill_null(rows, 0).to_numpy().astype(np.int64)
         elif self._ids is None:
-            numbers, missing = ids, ids >= len(self._base)
+            numbers, missing = ids, ids >= self._relevance.n
         else:
             numbers = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
             missing = self._ids[numbers] != ids
@@ -185,7 +175,7 @@ class _Labels:
 
 
 def _read_column(paths: Paths, column: str) -> Any:
-    """One column of all rows: int64 (n,), memory-mapped from a local .npy; or a pyarrow string array."""
+    """One column of all rows: integers (n,) or bool (n, L), memory-mapped from a local .npy; or a pyarrow string array."""
     found = files.list_files(paths, (".npy", ".parquet", ".pq"))
     pieces = [_read_npy(file) if file.suffix == ".npy" else _read_parquet(file, column) for file in found]
     if any(isinstance(piece, np.ndarray) for piece in pieces):
@@ -203,8 +193,8 @@ def _read_npy(file: files.File) -> Any:
         )
     except (ValueError, EOFError) as error:
         raise CorruptFileError(f"{file.url} can't be read as .npy: {error}") from error
-    if array.ndim != 1 or array.dtype.kind not in "iuUS":
-        raise InvalidVectorsError(f"{file.url} holds {array.dtype} of shape {array.shape}, expected labels (n,)")
+    if not (array.ndim == 1 and array.dtype.kind in "iuUS") and not (array.ndim == 2 and array.dtype == np.bool_):
+        raise InvalidVectorsError(f"{file.url} holds {array.dtype} of shape {array.shape}, expected labels (n,) or bool (n, L)")
     return pa.array(array.astype(str).tolist(), pa.large_string()) if array.dtype.kind in "US" else array
 
 

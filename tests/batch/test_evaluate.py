@@ -83,6 +83,19 @@ def test_precision_and_map_against_labels(results, tmp_path, xb, xq, saved):
             assert scores.metrics == pytest.approx(ref), labels_file
 
 
+def test_several_labels_of_each(results, tmp_path, xb, xq, saved):
+    folder, I = results  # noqa: E741
+    rng = np.random.default_rng(1)
+    labels, wanted = rng.random((len(xb), 70)) < 0.01, rng.random((len(xq), 70)) < 0.02
+    shared = (labels[I] & wanted[:, None]).any(axis=2)
+    y, yq = str(saved(tmp_path / "y.npy", labels)), str(saved(tmp_path / "yq.npy", wanted))
+    ref = naive(np.where(shared, 1, 0), np.ones(len(xq)), np.arange(2))
+    assert 0 < ref["map@10"] < 0.9
+    assert evaluate(folder, labels=y, query_labels=yq, at=(10,)).metrics == pytest.approx(ref)
+    with pytest.raises(InvalidVectorsError, match="labels must be integers or strings"):
+        evaluate(folder, labels=y, query_labels=str(saved(tmp_path / "one.npy", np.zeros(len(xq), int))))
+
+
 def test_labels_by_string_key(tmp_path, xb, xq, codec, parquet, saved):
     keys, labels = np.array([f"key {i}" for i in range(len(xb))]), np.arange(len(xb)) % 4
     folder = parquet(tmp_path / "x", xb, key=pa.array(keys), label=labels)
