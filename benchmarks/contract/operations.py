@@ -1,148 +1,30 @@
-"""What each index can do, found by doing it: the same operations on faiss.IndexPQ, faiss.IndexIVFPQ and both of ours.
-
-    python -m benchmarks.contract [--details] [--json contract.json]
-
-Every cell of the table is a call that was made, on a fresh index of the same 10,000 vectors, in a process of its own kind
-(some calls abort the process that makes them, some never return), and whose answer was checked. An operation is one piece
-of code that runs on all four; only what differs by design in FAISS itself, the class of search parameters and the name of
-the constructor, is told apart.
-"""
+"""What an index should do: each operation tries it, and checks the answer."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import io
-import json
 import os
 import pickle
 import signal
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import faiss
 import numpy as np
 import numpy.typing as npt
-import typer
-from rich.console import Console
-from rich.table import Table
 
 import hyperfaiss
 
-D, M, NLIST, N = 16, 4, 16, 10_000
-_rng = np.random.default_rng(0)
-XB = _rng.normal(size=(N, D)).astype(np.float32)
-XQ = _rng.normal(size=(20, D)).astype(np.float32)
-TIMEOUT = 60.0
-
-# What may come of an operation. For bad input, an error that tells its reason is a yes.
-YES, WRONG, ERROR, NO_REASON, ACCEPTED, BROKEN, ABORTS, HANGS = (
-    "yes", "wrong answer", "error", "error without reason", "accepted", "refused, then broken", "aborts the process", "hangs",
-)  # fmt: skip
-
-
-class WrongAnswerError(Exception):
-    """The call returned, and what it returned or left behind is not right."""
-
-
-def check(right: Any, what: str) -> None:
-    """Fail the operation unless ``right``."""
-    if not right:
-        raise WrongAnswerError(what)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One of the four kinds of index, by FAISS's names."""
-
-    name: str
-    ours: bool
-    ivf: bool
-
-    def new(self, d: int = D, m: int = M, nbits: int = 8) -> Any:
-        """An untrained index."""
-        if self.ivf:
-            kind = hyperfaiss.HyperbolicIVFPQIndex if self.ours else faiss.IndexIVFPQ
-            index = kind(faiss.IndexFlatL2(D), d, NLIST, m, nbits)
-            index.nprobe = NLIST
-            return index
-        return hyperfaiss.HyperbolicPQIndex(d, m, nbits) if self.ours else faiss.IndexPQ(d, m, nbits)
-
-    def trained(self, nbits: int = 8) -> Any:
-        """A trained, empty index."""
-        master = _trained(self, nbits)
-        if not self.ours:
-            return faiss.clone_index(master)
-        if not self.ivf:
-            return hyperfaiss.HyperbolicPQIndex.from_codec(master.codec)
-        index = hyperfaiss.HyperbolicIVFPQIndex.from_codec(faiss.clone_index(master.quantizer), master.codec, NLIST)
-        index.nprobe = NLIST
-        return index
-
-    def full(self) -> Any:
-        """An index that holds XB under the ids 0 … N − 1."""
-        index = self.trained()
-        index.add(XB)
-        return index
-
-    def addressed(self, index: Any) -> Any:
-        """The index, ready to find vectors by id: FAISS's inverted files want to be told."""
-        if self.ivf and not self.ours:
-            untyped: Any = faiss
-            index.set_direct_map_type(untyped.DirectMap.Hashtable)
-        return index
-
-    def params(self, sel: Any) -> Any:
-        """Search parameters that carry a selector; FAISS's own classes wherever they can."""
-        if self.ours and not isinstance(sel, faiss.IDSelector):
-            return hyperfaiss.SearchParameters(sel)
-        untyped: Any = faiss
-        return untyped.SearchParametersIVF(sel=sel, nprobe=NLIST) if self.ivf else untyped.SearchParameters(sel=sel)
-
-    def write(self, index: Any, file: Any) -> None:
-        """Write to a file."""
-        (hyperfaiss if self.ours else faiss).write_index(index, file)
-
-    def read(self, file: Any) -> Any:
-        """Read from a file."""
-        return (hyperfaiss if self.ours else faiss).read_index(file)
-
-    def mapped(self, file: str) -> Any:
-        """Open a file without reading its codes."""
-        return hyperfaiss.read_index(file, mmap=True) if self.ours else faiss.read_index(file, faiss.IO_FLAG_MMAP_IFC)
-
-
-@functools.cache
-def _trained(subject: Subject, nbits: int) -> Any:
-    index = subject.new(nbits=nbits)
-    index.train(XB)
-    return index
-
-
-SUBJECTS = {
-    s.name: s
-    for s in (
-        Subject("faiss.IndexPQ", ours=False, ivf=False),
-        Subject("faiss.IndexIVFPQ", ours=False, ivf=True),
-        Subject("HyperbolicPQIndex", ours=True, ivf=False),
-        Subject("HyperbolicIVFPQIndex", ours=True, ivf=True),
-    )
-}
+from .subjects import NLIST, XB, XQ, D, M, N, Subject
 
 Operation = Callable[[Subject], None]
 OPERATIONS: dict[str, Operation] = {}
-REFUSALS: dict[str, Callable[[Subject, Any], Any]] = {}
 
 
 def operation(name: str) -> Callable[[Operation], Operation]:
@@ -155,14 +37,14 @@ def operation(name: str) -> Callable[[Operation], Operation]:
     return register
 
 
-def refusal(name: str) -> Callable[[Callable[[Subject, Any], Any]], Callable[[Subject, Any], Any]]:
-    """Register bad input, which an index should refuse with a reason and survive."""
+class WrongAnswerError(Exception):
+    """The call returned, and what it returned or left behind is not right."""
 
-    def register(function: Callable[[Subject, Any], Any]) -> Callable[[Subject, Any], Any]:
-        REFUSALS[name] = function
-        return function
 
-    return register
+def check(right: Any, what: str) -> None:
+    """Fail the operation unless ``right``."""
+    if not right:
+        raise WrongAnswerError(what)
 
 
 def same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
@@ -674,152 +556,3 @@ def _(subject: Subject) -> None:
             check(str(error), "no message")
             return
         raise WrongAnswerError("read without a word")
-
-
-# --------------------------------------------------------------------------------------------- bad input
-
-
-def spoiled(value: float) -> npt.NDArray[np.float32]:
-    """Vectors, one of them with a bad value."""
-    x: npt.NDArray[np.float32] = XB[:10].copy()
-    x[3, 2] = value
-    return x
-
-
-REFUSALS.update(
-    {
-        "add NaN": lambda _, index: index.add(spoiled(np.nan)),
-        "add inf": lambda _, index: index.add(spoiled(np.inf)),
-        "search NaN": lambda _, index: index.search(spoiled(np.nan), 5),
-        "train with NaN": lambda subject, _: subject.new().train(np.concatenate([XB, spoiled(np.nan)])),
-        "train on fewer vectors than codewords": lambda subject, _: subject.new().train(XB[:100]),
-        "search vectors of another dimension": lambda _, index: index.search(XQ[:, :8].copy(), 5),
-        "search one vector that is not a matrix": lambda _, index: index.search(XQ[0], 5),
-        "search strings": lambda _, index: index.search(np.full((2, D), "a"), 5),
-        "k = 0": lambda _, index: index.search(XQ, 0),
-        "k = -1": lambda _, index: index.search(XQ, -1),
-        "k = 2.5": lambda _, index: index.search(XQ, 2.5),
-        "D of another shape": lambda _, index: index.search(
-            XQ, 5, D=np.empty((1, 5), np.float32), I=np.empty((1, 5), np.int64)
-        ),
-        "add before train": lambda subject, _: subject.new().add(XB),
-        "search before train": lambda subject, _: subject.new().search(XQ, 5),
-        "ids that are floats": lambda _, index: index.add_with_ids(XB[:10], np.arange(10) + N + 0.5),
-        "uint64 ids beyond int64": lambda _, index: index.add_with_ids(XB[:10], np.arange(10, dtype=np.uint64) + 2**63),
-        "the same id twice in a call": lambda _, index: index.add_with_ids(XB[:10], np.full(10, N)),
-        "fewer ids than vectors": lambda _, index: index.add_with_ids(XB[:10], np.arange(N, N + 9)),
-        "reconstruct an id that is not there": lambda _, index: index.reconstruct(N + 5),
-        "reconstruct_n out of range": lambda _, index: index.reconstruct_n(N - 5, 10),
-        "d that M does not divide": lambda subject, _: subject.new(D, 5),
-        "read a file that is no index": lambda subject, _: _read_junk(subject),
-    }
-)
-
-
-def _read_junk(subject: Subject) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "junk"
-        path.write_bytes(b"no index " * 1000)
-        return subject.read(str(path))
-
-
-# --------------------------------------------------------------------------------------------- run
-
-
-def run(subject_name: str, name: str) -> tuple[str, str]:
-    """What comes of one operation on one kind of index, and a word on it."""
-    subject = SUBJECTS[subject_name]
-    try:
-        if name in OPERATIONS:
-            OPERATIONS[name](subject)
-            return YES, ""
-        return _refuse(subject, REFUSALS[name])
-    except WrongAnswerError as error:
-        return WRONG, str(error)
-    except BaseException as error:
-        return (ERROR if str(error) else NO_REASON), f"{type(error).__name__}: {error}"
-
-
-def _refuse(subject: Subject, function: Callable[[Subject, Any], Any]) -> tuple[str, str]:
-    index = subject.full()
-    before = index.search(XQ, 10)
-    try:
-        function(subject, index)
-    except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-        if not str(error):
-            return NO_REASON, message
-        return (YES if same(before, index.search(XQ, 10)) else BROKEN), message
-    return ACCEPTED, ""
-
-
-def _quiet() -> None:
-    """FAISS writes to the standard error from C++, last words of an abort included."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-
-def _pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_quiet)
-
-
-def measure(subject_name: str, names: list[str]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Run the operations in a process that is replaced when one of them kills it or never ends."""
-    pool = _pool()
-    try:
-        for name in names:
-            future = pool.submit(run, subject_name, name)
-            try:
-                yield name, future.result(timeout=TIMEOUT)
-            except BrokenProcessPool:
-                pool.shutdown()
-                pool = _pool()
-                yield name, (ABORTS, "")
-            except FutureTimeoutError:
-                for process in list(pool._processes.values()):
-                    process.kill()
-                pool.shutdown()
-                pool = _pool()
-                yield name, (HANGS, f"no answer in {TIMEOUT:.0f} s")
-    finally:
-        pool.shutdown()
-
-
-def main(
-    details: Annotated[bool, typer.Option(help="also print what was said where the answer is not yes")] = False,
-    only: Annotated[str, typer.Option(help="operations whose name contains this")] = "",
-    json_path: Annotated[Path | None, typer.Option("--json", help="also write outcomes and messages to this file")] = None,
-) -> None:
-    """Run every operation on every kind of index and print the matrix."""
-    console = Console()
-    console.width = max(console.width, 150)
-    names = [name for name in (*OPERATIONS, *REFUSALS) if only in name]
-    results: dict[str, dict[str, tuple[str, str]]] = {name: {} for name in names}
-    with console.status("") as status:
-        for subject in SUBJECTS:
-            for name, outcome in measure(subject, names):
-                status.update(f"{subject}: {name}")
-                results[name][subject] = outcome
-    table = Table(title=f"faiss {faiss.__version__} and hyperfaiss {hyperfaiss.__version__}: {len(names)} operations, tried")
-    table.add_column("operation")
-    for subject in SUBJECTS:
-        table.add_column(subject)
-    for i, name in enumerate(names):
-        if name in REFUSALS and (not i or names[i - 1] in OPERATIONS):
-            table.add_section()
-            table.add_row("[bold]refuses with a reason, and goes on as before:[/bold]")
-        table.add_row(name, *("[green]yes[/green]" if o == YES else f"[red]{o}[/red]" for o, _ in results[name].values()))
-    table.add_section()
-    counts = {subject: Counter(results[name][subject][0] for name in names) for subject in SUBJECTS}
-    table.add_row("yes, of all", *(f"{count[YES]} of {len(names)}" for count in counts.values()))
-    console.print(table)
-    if details:
-        for name, row in results.items():
-            for subject, (what, message) in row.items():
-                if what != YES:
-                    console.print(f"{subject}, {name}: {what}: {message}", markup=False, emoji=False)
-    if json_path is not None:
-        json_path.write_text(json.dumps({"faiss": faiss.__version__, "results": results}, indent=1))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,0 +1,5 @@
+import typer
+
+from .matrix import main
+
+typer.run(main)
