@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from enum import Enum
 from typing import Annotated, Any
 
@@ -18,19 +18,14 @@ except ImportError as error:
     raise SystemExit(f"hyperfaiss: the command needs more packages: pip install 'hyperfaiss[batch]' ({error})") from error
 
 from . import batch
-from .errors import HyperfaissError
+from .terminal import command_line, json_or_text, only_one, option, reported_errors
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain text: one line an option
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    help="\b\nhyperfaiss build --codec model.safetensors --input 'x/*.parquet' --output shards/\n"
+app = command_line(
+    "\b\nhyperfaiss build --codec model.safetensors --input 'x/*.parquet' --output shards/\n"
     "hyperfaiss search --index shards/ --input queries.parquet --k 100 --output results/\n\n"
-    "Batch jobs over vectors in files. A job that was killed goes on when it is started again.",
+    "Batch jobs over vectors in files. A job that was killed goes on when it is started again."
 )
 
 
@@ -56,42 +51,42 @@ class _Content(str, Enum):
     codes = "codes"
 
 
-def _option(metavar: str | None, text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, metavar=metavar, help=text, **more)
+def _errors() -> AbstractContextManager[None]:
+    return reported_errors("stopped; the same command goes on from here")
 
 
-Input = Annotated[list[str], _option("PATH", "Files, folders, globs or URLs; repeatable.", "--input", "-i")]
-Output = Annotated[str, _option("DIR", "Folder of the parts and _job.json.", "--output", "-o")]
-Column = Annotated[str | None, _option("NAME", "Parquet column of vectors (default: the only one).")]
-IdColumn = Annotated[str | None, _option("NAME", "Parquet column of ids: integers or strings (default: row numbers).")]
-Where = Annotated[list[str] | None, _option("'NAME OP VALUE'", "Rows to take, like 'year >= 2020'; repeatable.")]
-Memory = Annotated[str, _option("SIZE", "What the job may allocate, in each process.")]
-EngineOption = Annotated[_Engine, _option(None, "Where the work is done.")]
-Address = Annotated[str | None, _option("ADDR", "Ray cluster: auto, or host:port (default: a new one, here).")]
-Workers = Annotated[int | None, _option("N", "Ray workers (default: what the cluster has CPUs for).", min=1)]
-Cpus = Annotated[int, _option("N", "CPUs of a Ray worker.", min=1)]
+Input = Annotated[list[str], option("PATH", "Files, folders, globs or URLs; repeatable.", "--input", "-i")]
+Output = Annotated[str, option("DIR", "Folder of the parts and _job.json.", "--output", "-o")]
+Column = Annotated[str | None, option("NAME", "Parquet column of vectors (default: the only one).")]
+IdColumn = Annotated[str | None, option("NAME", "Parquet column of ids: integers or strings (default: row numbers).")]
+Where = Annotated[list[str] | None, option("'NAME OP VALUE'", "Rows to take, like 'year >= 2020'; repeatable.")]
+Memory = Annotated[str, option("SIZE", "What the job may allocate, in each process.")]
+EngineOption = Annotated[_Engine, option(None, "Where the work is done.")]
+Address = Annotated[str | None, option("ADDR", "Ray cluster: auto, or host:port (default: a new one, here).")]
+Workers = Annotated[int | None, option("N", "Ray workers (default: what the cluster has CPUs for).", min=1)]
+Cpus = Annotated[int, option("N", "CPUs of a Ray worker.", min=1)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew, whatever the output holds.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")]
-PartRows = Annotated[int | None, _option("N", "Rows of a part.", min=1)]
+PartRows = Annotated[int | None, option("N", "Rows of a part.", min=1)]
 
 
 @app.command(short_help="Vectors to index shards.")
 def build(
     inputs: Input,
     output: Output,
-    codec: Annotated[str | None, _option("FILE", "Trained model, codec or index to encode with.")] = None,
-    factory: Annotated[str | None, _option("TEXT", "Train here instead: HPQ8, IVF1024,HPQ8, ...")] = None,
-    nlist: Annotated[int | None, _option("N", "With --codec: make IVF shards of N lists, trained here.", min=1)] = None,
-    metric: Annotated[str, _option("NAME", "Of --factory: geodesic, squared or inner_product.")] = "geodesic",
-    curvature: Annotated[float, _option("C", "Of --factory: the curvature is -C.", min=0)] = 1.0,
-    clip_radius: Annotated[float | None, _option("R", "Of --factory: longest tangent vector of a subspace.")] = None,
-    train_rows: Annotated[int | None, _option("N", "Vectors to train on.", min=1)] = None,
-    seed: Annotated[int, _option("N", "Of --factory.", min=0)] = 1234,
-    content: Annotated[_Content, _option(None, "What the vectors are.")] = _Content.embeddings,
+    codec: Annotated[str | None, option("FILE", "Trained model, codec or index to encode with.")] = None,
+    factory: Annotated[str | None, option("TEXT", "Train here instead: HPQ8, IVF1024,HPQ8, ...")] = None,
+    nlist: Annotated[int | None, option("N", "With --codec: make IVF shards of N lists, trained here.", min=1)] = None,
+    metric: Annotated[str, option("NAME", "Of --factory: geodesic, squared or inner_product.")] = "geodesic",
+    curvature: Annotated[float, option("C", "Of --factory: the curvature is -C.", min=0)] = 1.0,
+    clip_radius: Annotated[float | None, option("R", "Of --factory: longest tangent vector of a subspace.")] = None,
+    train_rows: Annotated[int | None, option("N", "Vectors to train on.", min=1)] = None,
+    seed: Annotated[int, option("N", "Of --factory.", min=0)] = 1234,
+    content: Annotated[_Content, option(None, "What the vectors are.")] = _Content.embeddings,
     column: Column = None,
     id_column: IdColumn = None,
     where: Where = None,
-    shard_rows: Annotated[int | None, _option("N", "Vectors of a shard (default: what fits into memory).", min=1)] = None,
+    shard_rows: Annotated[int | None, option("N", "Vectors of a shard (default: what fits into memory).", min=1)] = None,
     memory: Memory = "2GiB",
     engine: EngineOption = _Engine.local,
     address: Address = None,
@@ -106,8 +101,7 @@ def build(
 
     Encode vectors into index shards. Give --codec or --factory.
     """
-    if (codec is None) == (factory is None):
-        raise typer.BadParameter("give --codec or --factory (one of them)")
+    only_one(codec=codec, factory=factory)
     with _errors():
         source = _source(inputs, column, id_column, where)
         summary = batch.build(
@@ -121,12 +115,12 @@ def build(
 
 @app.command(short_help="Queries to k-lists.")
 def search(
-    index: Annotated[list[str], _option("PATH", "Folder of a build, or index files; repeatable.")],
+    index: Annotated[list[str], option("PATH", "Folder of a build, or index files; repeatable.")],
     inputs: Input,
     output: Output,
-    k: Annotated[int, _option("K", "Neighbours of a query.", "--k", "-k", min=1)] = 100,
-    nprobe: Annotated[int | None, _option("N", "Lists that an IVF index visits.", min=1)] = None,
-    form: Annotated[_Format, _option(None, "Of the results.", "--format")] = _Format.parquet,
+    k: Annotated[int, option("K", "Neighbours of a query.", "--k", "-k", min=1)] = 100,
+    nprobe: Annotated[int | None, option("N", "Lists that an IVF index visits.", min=1)] = None,
+    form: Annotated[_Format, option(None, "Of the results.", "--format")] = _Format.parquet,
     column: Column = None,
     id_column: IdColumn = None,
     where: Where = None,
@@ -136,7 +130,7 @@ def search(
     address: Address = None,
     workers: Workers = None,
     cpus_per_worker: Cpus = 1,
-    cache: Annotated[str | None, _option("DIR", "Where copies of remote shards stay (default: temporary).")] = None,
+    cache: Annotated[str | None, option("DIR", "Where copies of remote shards stay (default: temporary).")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -159,19 +153,19 @@ def search(
 @app.command(short_help="Embeddings or images to codes or tangent vectors.")
 def encode(
     output: Output,
-    inputs: Annotated[list[str] | None, _option("PATH", "Embeddings: files, folders, globs, URLs.", "--input", "-i")] = None,
-    images: Annotated[str | None, _option("DIR|NAME", "Images instead: a folder, or digits, cifar10, ...")] = None,
-    codec: Annotated[str | None, _option("FILE", "Trained model, codec or index to encode with.")] = None,
-    content: Annotated[_Content, _option(None, "What to write; embeddings are for images.")] = _Content.codes,
+    inputs: Annotated[list[str] | None, option("PATH", "Embeddings: files, folders, globs, URLs.", "--input", "-i")] = None,
+    images: Annotated[str | None, option("DIR|NAME", "Images instead: a folder, or digits, cifar10, ...")] = None,
+    codec: Annotated[str | None, option("FILE", "Trained model, codec or index to encode with.")] = None,
+    content: Annotated[_Content, option(None, "What to write; embeddings are for images.")] = _Content.codes,
     column: Column = None,
     id_column: IdColumn = None,
     where: Where = None,
-    split: Annotated[str, _option("PART", "Part of the images: train, test or all.")] = "all",
-    backbone: Annotated[str | None, _option("NAME", "What makes vectors of images (default: the model's).")] = None,
-    weights: Annotated[str | None, _option("FILE", "Its weights.")] = None,
-    image_size: Annotated[int | None, _option("S", "Side of the images that it sees.", min=1)] = None,
-    device: Annotated[str, _option("NAME", "cpu or cuda.")] = "cpu",
-    form: Annotated[_Matrix, _option(None, "Of the parts.", "--format")] = _Matrix.parquet,
+    split: Annotated[str, option("PART", "Part of the images: train, test or all.")] = "all",
+    backbone: Annotated[str | None, option("NAME", "What makes vectors of images (default: the model's).")] = None,
+    weights: Annotated[str | None, option("FILE", "Its weights.")] = None,
+    image_size: Annotated[int | None, option("S", "Side of the images that it sees.", min=1)] = None,
+    device: Annotated[str, option("NAME", "cpu or cuda.")] = "cpu",
+    form: Annotated[_Matrix, option(None, "Of the parts.", "--format")] = _Matrix.parquet,
     part_rows: PartRows = None,
     memory: Memory = "2GiB",
     engine: EngineOption = _Engine.local,
@@ -187,8 +181,7 @@ def encode(
 
     Embeddings or images to codes, tangent vectors or embeddings. Give --input or --images.
     """
-    if (inputs is None) == (images is None):
-        raise typer.BadParameter("give --input or --images (one of them)")
+    only_one(input=inputs, images=images)
     with _errors():
         source: Any
         if images is None:
@@ -205,9 +198,9 @@ def encode(
 @app.command(short_help="Shards to one index, results to one result.")
 def merge(
     inputs: Annotated[list[str], typer.Argument(metavar="PATH...", help="Shards, or folders of results.")],
-    output: Annotated[str, _option("PATH", "A file x.index for shards, a folder for results.", "--output", "-o")],
-    k: Annotated[int | None, _option("K", "Length of the merged lists (default: of the shortest).", "--k", "-k", min=1)] = None,
-    form: Annotated[_Format | None, _option(None, "Of merged results (default: parquet).", "--format")] = None,
+    output: Annotated[str, option("PATH", "A file x.index for shards, a folder for results.", "--output", "-o")],
+    k: Annotated[int | None, option("K", "Length of the merged lists (default: of the shortest).", "--k", "-k", min=1)] = None,
+    form: Annotated[_Format | None, option(None, "Of merged results (default: parquet).", "--format")] = None,
     memory: Memory = "2GiB",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -226,12 +219,12 @@ def merge(
 @app.command(name="eval", short_help="Recall, precision and MAP of results.")
 def evaluate(
     results: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a search or of merged results.")],
-    ground_truth: Annotated[str | None, _option("PATH", "True neighbours: .npy, .ivecs, .ibin, Parquet, or results.")] = None,
-    labels: Annotated[list[str] | None, _option("PATH", "Labels of the database: .npy or Parquet; repeatable.")] = None,
-    query_labels: Annotated[list[str] | None, _option("PATH", "Labels of the queries.")] = None,
-    label_column: Annotated[str, _option("NAME", "Their Parquet column.")] = "label",
-    id_column: Annotated[str | None, _option("NAME", "Column of --labels with ids (default: row i is id i).")] = None,
-    at: Annotated[str, _option("N,N,...", "Lengths of lists to judge.")] = "1,10,100",
+    ground_truth: Annotated[str | None, option("PATH", "True neighbours: .npy, .ivecs, .ibin, Parquet, or results.")] = None,
+    labels: Annotated[list[str] | None, option("PATH", "Labels of the database: .npy or Parquet; repeatable.")] = None,
+    query_labels: Annotated[list[str] | None, option("PATH", "Labels of the queries.")] = None,
+    label_column: Annotated[str, option("NAME", "Their Parquet column.")] = "label",
+    id_column: Annotated[str | None, option("NAME", "Column of --labels with ids (default: row i is id i).")] = None,
+    at: Annotated[str, option("N,N,...", "Lengths of lists to judge.")] = "1,10,100",
     as_json: AsJson = False,
 ) -> None:
     """\b
@@ -280,20 +273,6 @@ def info(
         raise typer.Exit(1)
 
 
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """What a user can mend, in one line and exit code 1; the traceback is left to bugs."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    try:
-        yield
-    except (HyperfaissError, OSError) as error:
-        console.print(f"error: {error}")
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt as stop:
-        console.print("stopped; the same command goes on from here")
-        raise typer.Exit(130) from stop
-
-
 def _source(inputs: Sequence[str], column: str | None, id_column: str | None, where: Sequence[str] | None) -> batch.Source:
     return batch.open_source(inputs, column=column, id_column=id_column, filters=[_condition(text) for text in where or []])
 
@@ -303,10 +282,7 @@ def _condition(text: str) -> tuple[str, str, Any]:
     for operator in ("not in", "in", "=", "==", "!=", "<", "<=", ">", ">="):
         name, found, value = text.partition(f" {operator} ")
         if found:
-            try:
-                return name.strip(), operator, json.loads(value)
-            except ValueError:
-                return name.strip(), operator, value.strip()
+            return name.strip(), operator, json_or_text(value)
     raise typer.BadParameter(f"--where takes 'NAME OP VALUE' with OP one of = != < <= > >= in 'not in', got {text!r}")
 
 
