@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import ProgressColumn, Task, TaskProgressColumn
 from rich.text import Text
+
+from ..progress import progress_bar
 
 __all__ = ["Bar", "prefetch"]
 
@@ -20,9 +21,7 @@ class Bar:
     """Progress of ``total`` rows, of which ``done`` were there already. A context manager; ``advance`` from any thread."""
 
     def __init__(self, title: str, total: int, done: int = 0, *, shown: bool = True) -> None:
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), _Rate(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, disable=not (shown and console.is_terminal))
+        self._progress = progress_bar(TaskProgressColumn(), _Rate(), shown=shown)
         self._task = self._progress.add_task(title, total=total, completed=done)
 
     def __enter__(self) -> Bar:
