@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -59,13 +60,14 @@ def _refuse(subject: Subject, function: Callable[[Subject, Any], Any]) -> tuple[
     return ACCEPTED, ""
 
 
-def _quiet() -> None:
-    """FAISS writes to the standard error from C++, last words of an abort included."""
+def _prepare() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs are born without
+    # FAISS writes to the standard error from C++, last words of an abort included.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_quiet)
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_prepare)
 
 
 def measure(subject_name: str, names: list[str]) -> Iterator[tuple[str, tuple[str, str]]]:
