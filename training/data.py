@@ -1,4 +1,4 @@
-"""Images in: collections by name or from a folder, and the split that retrieval is judged on.
+"""Images in: collections by name or from a folder.
 
 An image collection is an :class:`ImageSet`: it knows how many images it holds and their labels at once, and decodes an
 image when asked for it. Everything that reads a file says which file was wrong.
@@ -23,9 +23,27 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hyperfaiss.errors import CorruptFileError, InvalidParameterError, InvalidVectorsError
+from training.split import Labels, Split, checked_labels, split_protocol
+
+__all__ = [
+    "FASHION_MNIST_CLASSES",
+    "FASHION_MNIST_DEBIAN",
+    "IMAGE_EXTENSIONS",
+    "ImageSet",
+    "Labels",
+    "Split",
+    "SplitName",
+    "checked_labels",
+    "default_root",
+    "digest",
+    "from_arrays",
+    "load_images",
+    "read_idx",
+    "read_image",
+    "split_protocol",
+]
 
 SplitName = Literal["train", "test", "all"]
-Labels = npt.NDArray[np.int64]
 
 FASHION_MNIST_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_CLASSES = (
@@ -41,7 +59,6 @@ FASHION_MNIST_CLASSES = (
     "Ankle boot",
 )
 IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-_QUERIES_PER_CLASS = 100
 _IMAGE_ERRORS = (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError)
 
 
@@ -52,8 +69,8 @@ class ImageSet:
     Attributes:
         name: what to call it in files and messages.
         n: number of images.
-        labels: (n,) int64 class of each image, None when there are none.
-        class_names: name of class c at position c; empty without labels.
+        labels: (n,) int64, the class of each image; or (n, L) bool, which of L labels each has; None when there are none.
+        class_names: name of class or label c at position c; empty without labels.
         fingerprint: changes when the images, their number or their order do; it names cached features.
         load: image number -> PIL image of mode "L" or "RGB"; safe to call from several threads.
     """
@@ -96,7 +113,7 @@ class ImageSet:
             n=len(chosen),
             labels=None if self.labels is None else self.labels[chosen],
             class_names=self.class_names,
-            fingerprint=_digest(self.fingerprint, chosen),
+            fingerprint=digest(self.fingerprint, chosen),
             load=lambda i: self.image(int(chosen[i])),
         )
 
@@ -111,7 +128,8 @@ def load_images(
             downloaded), the name of a torchvision classification dataset ("cifar10", "stl10", ..., downloaded), or the
             path of a folder: one folder a class (classes and files sorted by name), or images alone, without labels. A
             name wins over a folder of that name in the working directory; write "./digits" for the folder.
-        split: which part to load. "all" is every image: train then test. Of a folder, the subfolder of that name.
+        split: which part to load. "all" is every image: train then test. Of a folder, the subfolder of that name; "all" is
+            the whole folder, or both parts if it holds nothing but folders train and test of class folders.
         root: where downloads are kept; ~/.cache/hyperfaiss/datasets by default.
 
     Raises:
@@ -121,7 +139,7 @@ def load_images(
     if split not in ("train", "test", "all"):
         raise InvalidParameterError(f"split must be 'train', 'test' or 'all', got {split!r}")
     text = os.fspath(spec)
-    cache = Path(root) if root is not None else _default_root()
+    cache = Path(root) if root is not None else default_root()
     key = _key(text)
     if key == "digits":
         if split != "all":
@@ -149,15 +167,15 @@ def from_arrays(
     """An image collection from uint8 arrays (n, H, W) or (n, H, W, 3).
 
     Raises:
-        InvalidVectorsError: another shape or dtype, or labels that are not (n,) integers.
+        InvalidVectorsError: another shape or dtype, or labels that are neither (n,) integers nor (n, L) bool.
     """
     if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)):
         raise InvalidVectorsError(f"images must be uint8 (n, H, W) or (n, H, W, 3), got {images.dtype} {images.shape}")
     y = None if labels is None else checked_labels(labels, len(images))
     names = tuple(class_names)
     if y is not None and not names:
-        names = tuple(str(c) for c in range(int(y.max(initial=-1)) + 1))
-    return ImageSet(name, len(images), y, names, _digest(name, images), lambda i: Image.fromarray(images[i]))
+        names = tuple(str(c) for c in range(y.shape[1] if y.ndim == 2 else int(y.max(initial=-1)) + 1))
+    return ImageSet(name, len(images), y, names, digest(name, images), lambda i: Image.fromarray(images[i]))
 
 
 # Datasets by name
@@ -252,7 +270,7 @@ def _torchvision(cls: Any, split: SplitName, root: Path) -> ImageSet:
 
     names = tuple(str(c) for c in getattr(parts[0], "classes", range(int(labels.max(initial=-1)) + 1)))
     # Published datasets do not change under their name, and torchvision checks what it downloads.
-    return ImageSet(name, int(starts[-1]), labels, names, _digest(name, split, labels), load)
+    return ImageSet(name, int(starts[-1]), labels, names, digest(name, split, labels), load)
 
 
 def _torchvision_labels(name: str, part: Any) -> Labels:
@@ -268,7 +286,8 @@ def _torchvision_labels(name: str, part: Any) -> Labels:
         raise InvalidParameterError(f"torchvision's {name} does not give one class an image: {e}") from e
 
 
-def _default_root() -> Path:
+def default_root() -> Path:
+    """Where downloads are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hyperfaiss" / "datasets"
 
 
@@ -280,6 +299,8 @@ def _folder(path: Path, split: SplitName) -> ImageSet:
         if not (path / split).is_dir():
             raise InvalidParameterError(f"{path} has no subfolder {split!r}; use split='all' for the whole folder")
         path = path / split
+    elif parts := _parts(path):
+        return _joined(path.resolve().name, [_folder(path, part) for part in parts])
     loose = sorted(p for p in path.iterdir() if _is_image(p))
     classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     per_class = {c.name: list(_images_below(c)) for c in classes}
@@ -296,9 +317,34 @@ def _folder(path: Path, split: SplitName) -> ImageSet:
         labels = np.repeat(np.arange(len(per_class)), [len(found) for found in per_class.values()]).astype(np.int64)
     # Size and time stand for the content: reading every file of a large folder to hash it would take minutes.
     stats = ((f.relative_to(path), f.stat()) for f in files)
-    content = _digest(*(f"{relative}\0{s.st_size}\0{s.st_mtime_ns}" for relative, s in stats))
+    content = digest(*(f"{relative}\0{s.st_size}\0{s.st_mtime_ns}" for relative, s in stats))
     names = tuple(per_class) if labels is not None else ()
-    return ImageSet(path.resolve().name, len(files), labels, names, content, lambda i: _read_image(files[i]))
+    return ImageSet(path.resolve().name, len(files), labels, names, content, lambda i: read_image(files[i]))
+
+
+def _parts(path: Path) -> list[SplitName]:
+    """Which of train and test this folder is made of: it holds nothing but these, and they nothing but folders."""
+    inside = {p.name: p for p in path.iterdir() if not p.name.startswith(".") and (p.is_dir() or _is_image(p))}
+    if not inside or not set(inside) <= {"train", "test"}:
+        return []
+    if any(_is_image(p) for folder in inside.values() for p in folder.iterdir()):
+        return []
+    return [part for part in ("train", "test") if part in inside]
+
+
+def _joined(name: str, parts: list[ImageSet]) -> ImageSet:
+    """All images of collections with the same classes, one after the other."""
+    if len({part.class_names for part in parts}) > 1:
+        classes = "; ".join(", ".join(part.class_names) for part in parts)
+        raise InvalidParameterError(f"the parts of {name} have different classes: {classes}")
+    starts = np.cumsum([0, *(part.n for part in parts)])
+
+    def load(i: int) -> Image.Image:
+        k = int(np.searchsorted(starts, i, side="right")) - 1
+        return parts[k].image(i - int(starts[k]))
+
+    y = np.concatenate([part.labels for part in parts]).astype(np.int64)
+    return ImageSet(name, int(starts[-1]), y, parts[0].class_names, digest(*(p.fingerprint for p in parts)), load)
 
 
 def _is_image(path: Path) -> bool:
@@ -310,7 +356,8 @@ def _images_below(folder: Path) -> Iterator[Path]:
         yield from (p for p in (Path(parent, name) for name in sorted(names)) if _is_image(p))
 
 
-def _read_image(path: Path) -> Image.Image:
+def read_image(path: Path) -> Image.Image:
+    """The image in a file, upright, of mode "L" or "RGB"; CorruptFileError if it can't be decoded."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -331,65 +378,9 @@ def _as_l_or_rgb(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode in ("1", "LA") else "RGB")
 
 
-# The split
-
-
-@dataclass(frozen=True)
-class Split:
-    """Row numbers, each sorted ascending, int64. Queries are in neither of the others; train lies within database."""
-
-    query: npt.NDArray[np.int64]
-    train: npt.NDArray[np.int64]
-    database: npt.NDArray[np.int64]
-
-
-def split_protocol(
-    labels: npt.ArrayLike, *, queries_per_class: int | None = None, train_per_class: int | None = None, seed: int = 0
-) -> Split:
-    """Draw queries and training items class by class; every item that is not a query is the database.
-
-    The paper's protocol I is train_per_class = None (all the database trains), its protocol II a number of training
-    items a class, which stay in the database. Same labels, numbers and seed: same split.
-
-    Args:
-        labels: (n,) integers.
-        queries_per_class: at least 1; None for a sixth of the smallest class, but at most 100.
-        train_per_class: at least 1; None for all.
-
-    Raises:
-        InvalidVectorsError: labels are not (n,) integers.
-        InvalidParameterError: a number below 1, or a class with fewer items than asked for.
-    """
-    y = checked_labels(labels, len(np.asarray(labels)))
-    if queries_per_class is None:
-        smallest = int(np.unique(y, return_counts=True)[1].min(initial=len(y)))
-        queries_per_class = max(1, min(_QUERIES_PER_CLASS, smallest // 6))
-    if queries_per_class < 1 or (train_per_class is not None and train_per_class < 1):
-        raise InvalidParameterError(f"need at least 1 a class: queries {queries_per_class}, training {train_per_class}")
-    needed = queries_per_class + (train_per_class or 1)
-    rng = np.random.default_rng(seed)
-    query, train = [], []
-    for c in np.unique(y):
-        members = rng.permutation(np.flatnonzero(y == c))
-        if len(members) < needed:
-            raise InvalidParameterError(f"class {c} has {len(members)} items, the split needs {needed} of each class")
-        query.append(members[:queries_per_class])
-        train.append(members[queries_per_class:][:train_per_class])
-    queries = np.sort(np.concatenate(query))
-    database = np.setdiff1d(np.arange(len(y), dtype=np.int64), queries, assume_unique=True)
-    return Split(queries, np.sort(np.concatenate(train)), database)
-
-
-def _digest(*parts: str | npt.NDArray[Any]) -> str:
+def digest(*parts: str | npt.NDArray[Any]) -> str:
+    """A fingerprint of strings and arrays."""
     h = hashlib.blake2b(digest_size=16)
     for part in parts:
         h.update(part.encode() + b"\0" if isinstance(part, str) else np.ascontiguousarray(part).data)
     return h.hexdigest()
-
-
-def checked_labels(labels: Any, n: int) -> Labels:
-    """Labels as (n,) int64; InvalidVectorsError for another shape or anything but integers."""
-    y = np.asarray(labels)
-    if y.shape != (n,) or y.dtype.kind not in "iu":
-        raise InvalidVectorsError(f"labels must be integers of shape ({n},), got {y.dtype} of shape {y.shape}")
-    return y.astype(np.int64)

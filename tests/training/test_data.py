@@ -11,7 +11,7 @@ from PIL import Image
 
 from hyperfaiss.errors import CorruptFileError, InvalidParameterError, InvalidVectorsError
 from training import data
-from training.data import from_arrays, load_images, read_idx, split_protocol
+from training.data import from_arrays, load_images, read_idx
 
 
 def write_image(path: Path, value: int = 0, size: tuple[int, int] = (6, 4), mode: str = "RGB") -> None:
@@ -35,7 +35,7 @@ def test_digits_are_scikit_learns_digits() -> None:
         load_images("digits", split="train")
 
 
-HAVE_FASHION_MNIST = data.FASHION_MNIST_DEBIAN.is_dir() or (data._default_root() / "FashionMNIST" / "raw").is_dir()
+HAVE_FASHION_MNIST = data.FASHION_MNIST_DEBIAN.is_dir() or (data.default_root() / "FashionMNIST" / "raw").is_dir()
 
 
 @pytest.mark.skipif(not HAVE_FASHION_MNIST, reason="Fashion-MNIST is neither installed (Debian) nor downloaded")
@@ -204,6 +204,38 @@ def test_folder_with_splits(tmp_path: Path) -> None:
         load_images(tmp_path / "train", split="test")
 
 
+def test_folder_of_parts_is_train_then_test(tmp_path: Path) -> None:
+    for i, name in enumerate(("train/b/0.png", "train/a/0.png", "test/a/0.png", "test/b/1.png", "test/b/0.png")):
+        write_image(tmp_path / "set" / name, value=i)
+    (tmp_path / "set" / "README").write_text("not an image")
+    images = load_images(tmp_path / "set")
+    assert (images.name, images.class_names) == ("set", ("a", "b"))
+    assert images.labels is not None
+    assert images.labels.tolist() == [0, 1, 0, 1, 1]
+    assert [images.image(i).getpixel((0, 0))[0] for i in range(5)] == [1, 0, 2, 4, 3]
+    before = images.fingerprint
+    write_image(tmp_path / "set" / "test" / "b" / "2.png")
+    assert load_images(tmp_path / "set").fingerprint != before
+    write_image(tmp_path / "set" / "test" / "c" / "0.png")
+    with pytest.raises(InvalidParameterError, match="different classes: a, b; a, b, c"):
+        load_images(tmp_path / "set")
+
+
+def test_folder_with_one_part(tmp_path: Path) -> None:
+    write_image(tmp_path / "train" / "a" / "0.png")
+    write_image(tmp_path / "train" / "b" / "0.png")
+    assert load_images(tmp_path).class_names == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    "names", [("train/0.png", "test/0.png"), ("train/a/0.png", "test/0.png"), ("train/a/0.png", "ship/0.png")]
+)
+def test_classes_may_be_called_train_and_test(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        write_image(tmp_path / name)
+    assert set(load_images(tmp_path).class_names) == {name.split("/")[0] for name in names}
+
+
 def test_folder_errors(tmp_path: Path) -> None:
     with pytest.raises(InvalidParameterError, match="no folder at"):
         load_images(tmp_path / "absent")
@@ -280,6 +312,16 @@ def test_subset_and_bounds() -> None:
         images.subset(np.ones(5, bool))
 
 
+def test_several_labels_an_image() -> None:
+    labels = np.array([[1, 0, 1], [0, 0, 0], [0, 1, 1]], dtype=bool)
+    images = from_arrays("x", np.zeros((3, 2, 2), np.uint8), labels)
+    assert images.class_names == ("0", "1", "2")
+    part = images.subset([2, 0])
+    assert part.labels is not None
+    np.testing.assert_array_equal(part.labels, labels[[2, 0]])
+    assert part.class_names == images.class_names
+
+
 def test_arrays_are_checked() -> None:
     pixels = np.zeros((3, 4, 4), np.uint8)
     with pytest.raises(InvalidVectorsError, match="float32"):
@@ -299,45 +341,3 @@ def test_fingerprint_follows_content(tmp_path: Path) -> None:
     assert load_images(tmp_path).fingerprint != before
     ones = from_arrays("x", np.ones((2, 2, 2), np.uint8))
     assert ones.fingerprint != from_arrays("x", np.zeros((2, 2, 2), np.uint8)).fingerprint
-
-
-# The split
-
-
-def test_protocol_ii() -> None:
-    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(4), [30, 40, 50, 60]))
-    split = split_protocol(labels, queries_per_class=5, train_per_class=7, seed=3)
-    assert np.bincount(labels[split.query]).tolist() == [5] * 4
-    assert np.bincount(labels[split.train]).tolist() == [7] * 4
-    np.testing.assert_array_equal(split.database, np.setdiff1d(np.arange(180), split.query))
-    assert set(split.train) <= set(split.database)
-    for part in (split.query, split.train, split.database):
-        assert part.dtype == np.int64
-        assert (np.diff(part) > 0).all()
-    again = split_protocol(labels, queries_per_class=5, train_per_class=7, seed=3)
-    other = split_protocol(labels, queries_per_class=5, train_per_class=7, seed=4)
-    np.testing.assert_array_equal(again.train, split.train)
-    assert (other.query != split.query).any()
-
-
-def test_protocol_i_trains_on_the_database() -> None:
-    labels = np.repeat([3, 9], 10)
-    split = split_protocol(labels, queries_per_class=2, train_per_class=None, seed=0)
-    np.testing.assert_array_equal(split.train, split.database)
-    assert (len(split.query), len(split.database)) == (4, 16)
-
-
-@pytest.mark.parametrize(("sizes", "queries"), [((600, 1000), 100), ((30, 601), 5), ((4, 9), 1)])
-def test_queries_are_a_sixth_of_the_smallest_class_at_most_100(sizes: tuple[int, ...], queries: int) -> None:
-    split = split_protocol(np.repeat(np.arange(len(sizes)) * 7, sizes))
-    assert len(split.query) == queries * len(sizes)
-    np.testing.assert_array_equal(split.train, split.database)
-
-
-def test_split_errors() -> None:
-    with pytest.raises(InvalidParameterError, match="class 1 has 2 items, the split needs 3"):
-        split_protocol([0, 0, 0, 1, 1], queries_per_class=1, train_per_class=2)
-    with pytest.raises(InvalidParameterError, match="queries 0"):
-        split_protocol([0, 0], queries_per_class=0, train_per_class=1)
-    with pytest.raises(InvalidVectorsError, match="float64"):
-        split_protocol([0.0, 1.0], queries_per_class=1, train_per_class=1)
