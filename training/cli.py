@@ -272,18 +272,10 @@ def _config(out: Path, name: str, bits: int | None, seed: int | None, changes: l
 
 def _embeddings(path: Path, labels: str | None, config: TrainConfig) -> tuple[ViewSource, Any]:
     from training.embeddings import load_embeddings
-    from training.views import EmbeddingViews
+    from training.views import source_of
 
     found = load_embeddings(path, labels)
-    source = EmbeddingViews(
-        found.vectors,
-        neighbours=min(config.neighbours, len(found.vectors) - 1),
-        neighbour_probability=config.neighbour_probability,
-        neighbour_power=config.power,
-        dropout=config.dropout,
-        noise=config.noise,
-        mixup=config.mixup,
-    )
+    source = source_of(config, found.vectors)
     return source, found.labels
 
 
@@ -303,7 +295,7 @@ def _images(
     from training.backbones import load_backbone
     from training.cache import cache_features, cache_views
     from training.data import load_images
-    from training.views import CachedViews, ImageViews
+    from training.views import ImageViews, source_of
 
     if split not in ("train", "test", "all"):
         raise InvalidParameterError(f"split must be train, test or all, got {split!r}")
@@ -312,14 +304,14 @@ def _images(
     network = load_backbone(
         backbone, weights=weights, image_size=image_size, trainable=trainable == "all" or trainable or False
     )
-    shown: Any = {
-        "neighbours": min(config.neighbours, images.n - 1),
-        "neighbour_probability": config.neighbour_probability,
-        "neighbour_power": config.power,
-    }
     if network.trainable or not cached_views:
+        shown: dict[str, Any] = {
+            "neighbours": min(config.neighbours, images.n - 1),
+            "neighbour_probability": config.neighbour_probability,
+            "neighbour_power": config.power,
+        }
         source = ImageViews(images, network, **shown, device=device)
         return source, images.labels, network
     features = cache_features(images, network, cache, device=device)
     views = cache_views(images, network, cache, views=cached_views, seed=config.seed, device=device)
-    return CachedViews(features, views, **shown), images.labels, network
+    return source_of(config, features, views), images.labels, network

@@ -18,9 +18,13 @@ import torch
 from hyperfaiss.errors import InvalidParameterError, InvalidVectorsError
 from training.augment import Augmentation, augment, resolve_augmentation
 from training.backbones import Amp, Backbone, FeatureExtractor, Features, Pixels, extract_features
+from training.config import TrainConfig
 from training.data import ImageSet
+from training.neighbours import checked_neighbours, nearest_neighbours
 
 Indices = npt.NDArray[np.int64]
+# How many nearest neighbours, or a table (n, k) of them.
+Neighbours = int | Indices
 
 
 @runtime_checkable
@@ -49,45 +53,22 @@ class ViewSource(Protocol):
         ...
 
 
-# Neighbours
-
-
-def nearest_neighbours(features: Features, k: int, *, power: float = 1.0) -> npt.NDArray[np.int64]:
-    """(n, k) int64: the k items with the largest cosine to each item, itself left out, nearest first.
-
-    The cosine is that of ``sign(x) |x|**power`` after centring. All pairs are compared: time is O(n² d).
-
-    Raises:
-        InvalidParameterError: k is not in 1..n-1, or power not in (0, 1].
-    """
-    import faiss
-
-    n = len(features)
-    if not 1 <= k < n:
-        raise InvalidParameterError(f"k must be in 1..{n - 1} for {n} items, got {k}")
-    if not 0 < power <= 1:
-        raise InvalidParameterError(f"power must be in (0, 1], got {power}")
-    x = np.array(features, dtype=np.float32, order="C")
-    if power != 1:
-        x = np.sign(x) * np.abs(x) ** np.float32(power)
-    x -= x.mean(axis=0, dtype=np.float64).astype(np.float32)
-    faiss.normalize_L2(x)
-    _, found = faiss.knn(x, x, k + 1, metric=faiss.METRIC_INNER_PRODUCT)
-    own = found == np.arange(n)[:, None]
-    own[~own.any(axis=1), -1] = True  # behind k + 1 equal ones: drop the last instead
-    return np.ascontiguousarray(found[~own].reshape(n, k), dtype=np.int64)
-
-
 class _Partners:
     """Draws whom the second view of an item comes from: a neighbour with some probability, else the item itself."""
 
-    def __init__(self, features: Features, neighbours: int, probability: float, power: float) -> None:
-        if neighbours < 0 or not 0 <= probability <= 1:
+    def __init__(self, features: Features, neighbours: Neighbours, probability: float, power: float) -> None:
+        if not 0 <= probability <= 1 or (isinstance(neighbours, int) and neighbours < 0):
             raise InvalidParameterError(
                 f"neighbours must be at least 0 and their probability in [0, 1], got {neighbours} and {probability}"
             )
-        self.table = nearest_neighbours(features, neighbours, power=power) if neighbours and probability else None
+        self.table: Indices | None = None
         self.probability = probability
+        if not isinstance(neighbours, int):
+            neighbours = checked_neighbours(neighbours, len(features))
+        if probability and not isinstance(neighbours, int):
+            self.table = neighbours
+        elif probability and neighbours:
+            self.table = nearest_neighbours(features, neighbours, power=power)
 
     def draw(self, indices: Indices, rng: np.random.Generator) -> Indices:
         if self.table is None:
@@ -105,7 +86,8 @@ class CachedViews:
     Args:
         features: (n, d) float32, un-augmented (`cache_features`).
         views: (V, n, d) float16 or float32 (`cache_views`).
-        neighbours: k; the second view shows one of the k nearest neighbours in `features`. 0: always the item itself.
+        neighbours: k, and the second view shows one of the k nearest neighbours in `features`; or whom it shows, as integers
+            (n, k) (see `training.neighbours`). 0: always the item itself.
         neighbour_probability: how often it does.
         neighbour_power: neighbours are those of ``sign(x) |x|**power``; the recipe's `power` finds what the model will see.
 
@@ -121,7 +103,7 @@ class CachedViews:
         features: Features,
         views: npt.NDArray[Any],
         *,
-        neighbours: int = 0,
+        neighbours: Neighbours = 0,
         neighbour_probability: float = 1.0,
         neighbour_power: float = 1.0,
     ) -> None:
@@ -173,7 +155,7 @@ class EmbeddingViews:
         self,
         features: Features,
         *,
-        neighbours: int = 0,
+        neighbours: Neighbours = 0,
         neighbour_probability: float = 1.0,
         neighbour_power: float = 1.0,
         dropout: float = 0.0,
@@ -213,6 +195,18 @@ class EmbeddingViews:
         return torch.from_numpy(x)
 
 
+def source_of(config: TrainConfig, features: Features, views: npt.NDArray[Any] | None = None) -> CachedViews | EmbeddingViews:
+    """The views that a configuration makes of features (n, d), or of cached views (V, n, d) where there are some."""
+    shown: dict[str, Any] = {
+        "neighbours": min(config.neighbours, len(features) - 1),
+        "neighbour_probability": config.neighbour_probability,
+        "neighbour_power": config.power,
+    }
+    if views is not None:
+        return CachedViews(features, views, **shown)
+    return EmbeddingViews(features, **shown, dropout=config.dropout, noise=config.noise, mixup=config.mixup)
+
+
 class ImageViews:
     """Views augmented on the fly: images for a trainable backbone, features from a frozen one.
 
@@ -237,7 +231,7 @@ class ImageViews:
         *,
         augmentation: str | Augmentation | None = None,
         features: Features | None = None,
-        neighbours: int = 0,
+        neighbours: Neighbours = 0,
         neighbour_probability: float = 1.0,
         neighbour_power: float = 1.0,
         batch_size: int | None = None,

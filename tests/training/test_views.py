@@ -9,63 +9,12 @@ import pytest
 import torch
 
 from hyperfaiss.errors import InvalidParameterError, InvalidVectorsError
-from tests.training.toys import colour_backbone
+from tests.training.toys import brute_force_neighbours, colour_backbone
 from training.backbones import extract_features
 from training.data import from_arrays
-from training.views import CachedViews, EmbeddingViews, ImageViews, ViewSource, nearest_neighbours
+from training.views import CachedViews, EmbeddingViews, ImageViews, ViewSource
 
 ALL = np.arange(30, dtype=np.int64)
-
-
-# Neighbours
-
-
-def brute_force_neighbours(features: np.ndarray, k: int) -> np.ndarray:
-    x = features.astype(np.float64) - features.astype(np.float64).mean(axis=0)
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    cosines = x @ x.T
-    np.fill_diagonal(cosines, -np.inf)
-    return np.argsort(-cosines, axis=1, kind="stable")[:, :k]
-
-
-def test_neighbours_equal_brute_force() -> None:
-    features = np.random.default_rng(0).gamma(1, size=(200, 12)).astype(np.float32) + 5  # centring matters
-    comp = nearest_neighbours(features, 7)
-    assert comp.dtype == np.int64
-    np.testing.assert_array_equal(comp, brute_force_neighbours(features, 7))
-
-
-def test_neighbours_after_a_power() -> None:
-    features = np.random.default_rng(1).standard_normal((60, 6)).astype(np.float32)
-    ref = brute_force_neighbours(np.sign(features) * np.abs(features) ** 0.5, 4)
-    comp = nearest_neighbours(features, 4, power=0.5)
-    np.testing.assert_array_equal(comp, ref)
-    assert not np.array_equal(comp, nearest_neighbours(features, 4))
-    for source in (
-        CachedViews(features, features[None], neighbours=4, neighbour_power=0.5),
-        EmbeddingViews(features, neighbours=4, neighbour_power=0.5),
-    ):
-        indices = np.arange(60)
-        seen = {i: set() for i in indices}
-        for seed in range(40):
-            two = source.views(indices, np.random.default_rng(seed))[1].numpy()
-            for i in indices:
-                seen[i].add(int(np.flatnonzero((features == two[i]).all(1))[0]))
-        assert seen == {i: set(ref[i].tolist()) for i in indices}
-    with pytest.raises(InvalidParameterError, match="power must be in"):
-        nearest_neighbours(features, 4, power=0)
-
-
-def test_an_item_is_never_its_own_neighbour() -> None:
-    features = np.zeros((40, 4), np.float32)
-    features[20:] = 1  # twenty equal items, twice
-    found = nearest_neighbours(features, 5)
-    assert (found != np.arange(40)[:, None]).all()
-    assert ((found < 20) == (np.arange(40) < 20)[:, None]).all()
-    assert all(len(set(row)) == 5 for row in found.tolist())
-    for k in (0, 40):
-        with pytest.raises(InvalidParameterError, match=rf"1\.\.39 for 40 items, got {k}"):
-            nearest_neighbours(features, k)
 
 
 # Sources

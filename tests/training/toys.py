@@ -26,3 +26,11 @@ def colour_backbone(*, trainable: bool = False) -> Backbone:
     net = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     net.requires_grad_(trainable)
     return Backbone("toy", 5, 16, (0.5,) * 3, (0.2,) * 3, net, trainable)
+
+
+def brute_force_neighbours(features: np.ndarray, k: int) -> np.ndarray:
+    x = features.astype(np.float64) - features.astype(np.float64).mean(axis=0)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    cosines = x @ x.T
+    np.fill_diagonal(cosines, -np.inf)
+    return np.argsort(-cosines, axis=1, kind="stable")[:, :k]
