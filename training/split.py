@@ -40,7 +40,7 @@ def checked_labels(labels: Any, n: int) -> Labels:
     if y.ndim == 2 and len(y) == n and y.shape[1] and y.dtype == np.bool_:
         return y
     raise InvalidVectorsError(
-        f"labels must be integers of shape ({n},) or bool of shape ({n}, L), got {y.dtype} of shape {y.shape}"
+        f"labels must be bool of shape ({n}, L) or integers of shape ({n},), got {y.dtype} of shape {y.shape}"
     )
 
 

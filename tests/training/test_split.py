@@ -52,7 +52,7 @@ def test_labels_are_classes_or_a_column_each() -> None:
     ],
 )
 def test_other_labels_are_refused(labels: Any) -> None:
-    with pytest.raises(InvalidVectorsError, match=r"integers of shape \(2,\) or bool of shape \(2, L\), got "):
+    with pytest.raises(InvalidVectorsError, match=r"bool of shape \(2, L\) or integers of shape \(2,\), got "):
         checked_labels(labels, 2)
 
 
