@@ -292,10 +292,10 @@ def _images(
     config: TrainConfig,
 ) -> tuple[ViewSource, Any, Backbone]:
     """Views of images, their labels (n,) or None, and what makes their features."""
-    from training.backbones import load_backbone
+    from training.backbones import extract_features, load_backbone
     from training.cache import cache_features, cache_views
     from training.data import load_images
-    from training.views import ImageViews, source_of
+    from training.views import ImageViews, neighbours_of, source_of
 
     if split not in ("train", "test", "all"):
         raise InvalidParameterError(f"split must be train, test or all, got {split!r}")
@@ -305,12 +305,8 @@ def _images(
         backbone, weights=weights, image_size=image_size, trainable=trainable == "all" or trainable or False
     )
     if network.trainable or not cached_views:
-        shown: dict[str, Any] = {
-            "neighbours": min(config.neighbours, images.n - 1),
-            "neighbour_probability": config.neighbour_probability,
-            "neighbour_power": config.power,
-        }
-        source = ImageViews(images, network, **shown, device=device)
+        features = extract_features(network, images, device=device)
+        source = ImageViews(images, network, features=features, **neighbours_of(config, features), device=device)
         return source, images.labels, network
     features = cache_features(images, network, cache, device=device)
     views = cache_views(images, network, cache, views=cached_views, seed=config.seed, device=device)

@@ -72,6 +72,7 @@ class TrainConfig:
     Views (of embeddings; sources of images have their own):
         neighbours: the second view is one of this many nearest neighbours; 0 for the vector itself.
         neighbour_probability: how often it is one of them.
+        diffusion: steps of the random walk over neighbours by which they are near, 0 for the cosine of features.
         dropout: share of a view's features set to their mean.
         noise: spread of Gaussian noise, in units of each feature's own spread.
         mixup: parameter of the Beta distribution that mixes vector and neighbour; 0 does not mix.
@@ -117,6 +118,7 @@ class TrainConfig:
 
     neighbours: int = 10
     neighbour_probability: float = 1.0
+    diffusion: int = 0
     dropout: float = 0.1
     noise: float = 0.0
     mixup: float = 0.0
@@ -217,6 +219,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "warmup": _at_least(0),
     "neighbours": _at_least(0),
     "neighbour_probability": _between(0, 1),
+    "diffusion": _at_least(0),
     "dropout": _FRACTION,
     "noise": _at_least(0),
     "mixup": _at_least(0),

@@ -195,13 +195,17 @@ class EmbeddingViews:
         return torch.from_numpy(x)
 
 
+def neighbours_of(config: TrainConfig, features: Features) -> dict[str, Any]:
+    """A source's arguments that say whom a configuration shows as the second view, among items with features (n, d)."""
+    shown: Neighbours = min(config.neighbours, len(features) - 1)
+    if shown and config.neighbour_probability:
+        shown = nearest_neighbours(features, shown, power=config.power, diffusion=config.diffusion)
+    return {"neighbours": shown, "neighbour_probability": config.neighbour_probability}
+
+
 def source_of(config: TrainConfig, features: Features, views: npt.NDArray[Any] | None = None) -> CachedViews | EmbeddingViews:
     """The views that a configuration makes of features (n, d), or of cached views (V, n, d) where there are some."""
-    shown: dict[str, Any] = {
-        "neighbours": min(config.neighbours, len(features) - 1),
-        "neighbour_probability": config.neighbour_probability,
-        "neighbour_power": config.power,
-    }
+    shown = neighbours_of(config, features)
     if views is not None:
         return CachedViews(features, views, **shown)
     return EmbeddingViews(features, **shown, dropout=config.dropout, noise=config.noise, mixup=config.mixup)

@@ -9,7 +9,7 @@ from hyperfaiss.errors import InvalidParameterError, InvalidVectorsError
 from tests.training.toys import brute_force_neighbours
 from training import neighbours
 from training.config import TrainConfig
-from training.neighbours import checked_neighbours, nearest_neighbours
+from training.neighbours import checked_neighbours, diffusion_map, nearest_neighbours
 from training.views import EmbeddingViews, source_of
 
 
@@ -80,3 +80,36 @@ def test_a_configuration_makes_its_views() -> None:
     assert (two.numpy() != features).any(axis=1).all()
     one, two = source_of(config, features, np.stack([features, features + 1])).views(np.arange(8), np.random.default_rng(0))
     assert np.isin(one.numpy() - features, [0, 1]).all() or np.abs(one.numpy() - features).max() <= 1 + 1e-6
+
+
+# Diffusion
+
+
+def test_diffusion_distances_are_those_of_random_walks() -> None:
+    features = np.random.default_rng(0).standard_normal((40, 3)).astype(np.float32)
+    table = nearest_neighbours(features, 6)
+    coordinates = diffusion_map(table, 8, dimensions=39).astype(np.float64)
+    weights = np.zeros((40, 40))
+    weights[np.arange(40)[:, None], table] = 1
+    weights += weights.T
+    degrees = weights.sum(1)
+    walk = np.linalg.matrix_power(weights / degrees[:, None], 8)  # by 8 steps negative eigenvalues are gone
+    # Coifman and Lafon: the distance of two rows of the walk, each coordinate weighted by 1 / its stationary probability.
+    rows = walk / np.sqrt(degrees)
+    ref = np.linalg.norm(rows[:, None] - rows[None], axis=2)
+    comp = np.linalg.norm(coordinates[:, None] - coordinates[None], axis=2)
+    np.testing.assert_allclose(comp / comp.max(), ref / ref.max(), atol=0.01)
+
+
+def test_diffusion_follows_the_shape_of_the_data() -> None:
+    rng = np.random.default_rng(0)
+    along, arc = rng.uniform(-1, 1, 400), np.arange(400) % 2  # two arcs on the sphere, closer to each other than they are long
+    across = 0.3 * arc + 0.03 * rng.standard_normal(400)
+    arcs = np.stack([np.cos(along) * np.cos(across), np.sin(along) * np.cos(across), np.sin(across)], axis=1)
+    features = np.concatenate([arcs, -arcs]).astype(np.float32)  # opposite ones, so that centring moves nothing
+    arc = np.concatenate([arc, arc + 2])
+    share = {d: float((arc[nearest_neighbours(features, 100, diffusion=d)] == arc[:, None]).mean()) for d in (0, 8)}
+    assert share[0] < 0.9
+    assert share[8] > 0.99
+    with pytest.raises(InvalidParameterError, match="diffusion must be at least 0, got -1"):
+        nearest_neighbours(features, 5, diffusion=-1)
