@@ -95,12 +95,13 @@ def _by_lists(x: FloatArray, k: int) -> IntArray:
     n = len(x)
     kmeans = faiss.Kmeans(x.shape[1], math.isqrt(n), niter=10, spherical=True, max_points_per_centroid=64, seed=1)
     kmeans.train(x)
+    centroids = np.asarray(kmeans.centroids)
     home = kmeans.assign(x)[1]
     sizes = np.bincount(home, minlength=kmeans.k)
     by_list = np.split(np.argsort(home, kind="stable"), np.cumsum(sizes)[:-1])
     found = np.empty((n, k), np.int64)
-    for centre, members in zip(kmeans.centroids, by_list, strict=True):
-        near = np.argsort(-(kmeans.centroids @ centre), kind="stable")
+    for centre, members in zip(centroids, by_list, strict=True):
+        near = np.argsort(-(centroids @ centre), kind="stable")
         enough = int(np.searchsorted(np.cumsum(sizes[near]), k)) + 1
         others = np.concatenate([by_list[number] for number in near[: max(_LISTS_SEEN, enough)]])
         for start in range(0, len(members), 1024):  # bounds the products

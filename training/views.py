@@ -61,14 +61,12 @@ class _Partners:
             raise InvalidParameterError(
                 f"neighbours must be at least 0 and their probability in [0, 1], got {neighbours} and {probability}"
             )
-        self.table: Indices | None = None
         self.probability = probability
+        self.table: Indices | None
         if not isinstance(neighbours, int):
-            neighbours = checked_neighbours(neighbours, len(features))
-        if probability and not isinstance(neighbours, int):
-            self.table = neighbours
-        elif probability and neighbours:
-            self.table = nearest_neighbours(features, neighbours, power=power)
+            self.table = checked_neighbours(neighbours, len(features))
+        else:
+            self.table = nearest_neighbours(features, neighbours, power=power) if neighbours and probability else None
 
     def draw(self, indices: Indices, rng: np.random.Generator) -> Indices:
         if self.table is None:
@@ -197,9 +195,10 @@ class EmbeddingViews:
 
 def neighbours_of(config: TrainConfig, features: Features) -> dict[str, Any]:
     """A source's arguments that say whom a configuration shows as the second view, among items with features (n, d)."""
-    shown: Neighbours = min(config.neighbours, len(features) - 1)
-    if shown and config.neighbour_probability:
-        shown = nearest_neighbours(features, shown, power=config.power, diffusion=config.diffusion)
+    k = min(config.neighbours, len(features) - 1)
+    shown: Neighbours = k
+    if k and config.neighbour_probability:
+        shown = nearest_neighbours(features, k, power=config.power, diffusion=config.diffusion)
     return {"neighbours": shown, "neighbour_probability": config.neighbour_probability}
 
 
