@@ -17,10 +17,11 @@ from .progress import track
 
 __all__ = ["exact_search"]
 
-# Vectors that are mapped at a time, and vectors whose distances to a query are computed at a time: these stay in the cache.
-_ROWS, _LANES = 8192, 1024
-# Bytes of distances that one task holds at a time.
-_TABLE_BYTES = 2 << 20
+# Vectors that are compared at a time, at first and at last. Until a query has k, and by then a limit, all of them are
+# computed; so the first parts are small.
+_FIRST, _MOST = 1024, 65536
+# Queries of a task.
+_QUERIES = 16
 
 
 def exact_search(
@@ -36,7 +37,8 @@ def exact_search(
 
     The distance is the codec's: its metric on the product of its manifolds, clipping included, computed as its distance tables
     are. What an index of the same vectors finds differs by quantisation alone. No matrix of distances exists: beside D and I
-    the search takes 2 MB a thread and what 8,192 vectors take, whatever n and nq are; ``xb`` may be mapped from a file.
+    the search takes what 65,536 vectors take a few times over, and some MB a thread, whatever n and nq are; ``xb`` may be
+    mapped from a file.
 
     Parameters
     ----------
@@ -61,18 +63,15 @@ def exact_search(
     if not nq or not n:
         return D, I
     heap_D, heap_I = np.full((nq, keep), np.inf, np.float32), np.full((nq, keep), MAX_ID + 1)
-    most = max(1, _TABLE_BYTES // (4 * codec.M * _LANES))
-    chunks = [slice(i, min(i + most, nq)) for i in range(0, nq, most)]
-    for start in track(range(0, n, _ROWS), "exact search", verbose):
-        part = points(base[start : start + _ROWS], f"xb[{start}:{start + _ROWS}]", start)
-        blocks = [(start + i, len(part[i : i + _LANES]), _prepared(codec, part[i : i + _LANES]))
-                  for i in range(0, len(part), _LANES)]  # fmt: skip
+    chunks = [slice(i, min(i + _QUERIES, nq)) for i in range(0, nq, _QUERIES)]
+    for start, stop in track(_parts(n), "exact search", verbose):
+        part = _Part(codec, points(base[start:stop], f"xb[{start}:{stop}]", start), start)
 
-        def visit(rows: slice, blocks: list[tuple[int, int, kernels.Prepared]] = blocks) -> Iterator[None]:
-            tables = np.empty((rows.stop - rows.start, codec.M, _LANES), np.float32)
-            for first, count, prepared in blocks:
-                kernels.distance_tables(queries[rows], *prepared, codec.curvatures, _METRICS[codec.metric], tables)
-                heaps.keep_nearest(tables, count, first, heap_D[rows], heap_I[rows])
+        def visit(rows: slice, part: _Part = part) -> Iterator[None]:
+            candidates = part.candidates(queries[rows], heap_D[rows, 0])
+            yield
+            for q, chosen in zip(range(rows.start, rows.stop), candidates, strict=True):
+                part.compare(queries[q : q + 1], np.flatnonzero(chosen), heap_D[q], heap_I[q])
                 yield
 
         run_tasks(visit, chunks)
@@ -81,8 +80,41 @@ def exact_search(
     return D, I
 
 
-def _prepared(codec: HyperbolicProductQuantizer, points: FloatArray) -> kernels.Prepared:
-    """Points (n, M, dsub) in the place of codebooks (M, _LANES, dsub), the last ones filled up with the origin."""
-    books = np.zeros((codec.M, _LANES, codec.dsub), np.float32)
-    books[:, : len(points)] = points.swapaxes(0, 1)
-    return kernels.prepare(books, codec.curvatures)
+def _parts(n: int) -> list[tuple[int, int]]:
+    """From 0 to n in parts that double."""
+    bounds = [0]
+    while bounds[-1] < n:
+        bounds.append(min(n, bounds[-1] + max(_FIRST, min(bounds[-1], _MOST))))
+    return list(zip(bounds, bounds[1:], strict=False))
+
+
+class _Part:
+    """Some vectors of the database, as points (n, M, dsub); the first of them is number ``first``."""
+
+    def __init__(self, codec: HyperbolicProductQuantizer, points: FloatArray, first: int) -> None:
+        self._codec, self._points, self._first = codec, points, first
+        self._transposed, norms, _ = self._prepared(points)
+        with np.errstate(over="ignore"):  # of what is that far out, no bound says anything
+            self._heights = norms[:, 2].astype(np.float32)
+
+    def candidates(self, queries: FloatArray, limits: FloatArray) -> npt.NDArray[np.bool_]:
+        """Which vectors could be nearer than ``limits`` (nq,) to the queries (nq, M, dsub): (nq, n)."""
+        found = np.ones((len(queries), len(self._points)), np.bool_)
+        if self._codec.metric != "inner_product":
+            is_geodesic = self._codec.metric == "geodesic"
+            curvatures = self._codec.curvatures
+            heaps.find_candidates(queries, self._transposed, self._heights, curvatures, is_geodesic, limits, found)
+        return found
+
+    def compare(self, query: FloatArray, rows: IntArray, D: FloatArray, I: IntArray) -> None:  # noqa: E741
+        """Let vectors ``rows`` into the heap of a query (1, M, dsub)."""
+        if not len(rows):
+            return
+        table = np.empty((1, self._codec.M, len(rows)), np.float32)
+        prepared = self._prepared(self._points[rows])
+        kernels.distance_tables(query, *prepared, self._codec.curvatures, _METRICS[self._codec.metric], table)
+        heaps.keep_nearest(table[0], self._first + rows, D, I)
+
+    def _prepared(self, points: FloatArray) -> kernels.Prepared:
+        """Points in the place of codewords."""
+        return kernels.prepare(points.swapaxes(0, 1), self._codec.curvatures)

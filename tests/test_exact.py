@@ -7,11 +7,14 @@ from pathlib import Path
 import naive
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import hyperfaiss
-from hyperfaiss import HyperbolicPQIndex, HyperbolicProductQuantizer, exact
+from hyperfaiss import HyperbolicPQIndex, HyperbolicProductQuantizer, exact, lorentz
 from hyperfaiss.errors import InvalidParameterError, InvalidVectorsError
 from hyperfaiss.exact import exact_search
+from hyperfaiss.kernels import tables
 from hyperfaiss.model import Projector
 
 M, DSUB = 3, 4
@@ -42,9 +45,9 @@ def test_against_naive(metric: str, power: int) -> None:
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 31, 33, 100])
 def test_is_the_search_of_codes_whose_codewords_are_the_vectors(metric: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit: tables over all points, summed as the scan does; at the edges of blocks, and for more than there are."""
-    monkeypatch.setattr(exact, "_ROWS", 32)
-    monkeypatch.setattr(exact, "_LANES", 16)
-    monkeypatch.setattr(exact, "_TABLE_BYTES", 2 * 4 * M * 16)  # two queries at a time
+    monkeypatch.setattr(exact, "_FIRST", 8)
+    monkeypatch.setattr(exact, "_MOST", 16)
+    monkeypatch.setattr(exact, "_QUERIES", 2)
     quantizer = codec(metric, 0.0 if metric == "inner_product" else THETA)
     xb, xq = vectors(n), vectors(5, 1)
     xb[n // 2 :] = xb[: n - n // 2]  # every distance twice
@@ -61,6 +64,41 @@ def test_is_the_search_of_codes_whose_codewords_are_the_vectors(metric: str, n: 
             comp = exact_search(quantizer, xb, xq, k)
             np.testing.assert_array_equal(comp[0], ref[0])
             np.testing.assert_array_equal(comp[1], ref[1])
+
+
+@given(st.data())
+def test_the_bound_drops_nothing_that_is_as_near_as_the_limit(data: st.DataObject) -> None:
+    """Points near and far, close together and apart, flat and curved; the limit is the distance itself."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    theta = np.array(data.draw(st.lists(st.sampled_from([0, 1e-4, 0.01, 1, 10]), min_size=2, max_size=2)), np.float32)
+    metric = data.draw(st.sampled_from(["geodesic", "squared"]))
+    dsub = data.draw(st.integers(1, 9))
+    radius = np.minimum(10.0 ** data.draw(st.floats(-25, 2)), 30 / np.sqrt(np.maximum(theta, 1e-4)))
+    apart = 10.0 ** data.draw(st.floats(-8, 0.5))
+    centre = rng.normal(size=(2, dsub)) * (radius / np.sqrt(dsub))[:, None]
+    near = rng.normal(size=(1030, 2, dsub)) * (apart * radius / np.sqrt(dsub))[:, None]
+    tangents = (centre + near * rng.choice([0, 0.1, 1], (1030, 1, 1))).astype(np.float32).reshape(1030, -1)
+    quantizer = HyperbolicProductQuantizer.from_codebooks(np.zeros((2, 16, dsub), np.float32), theta, metric=metric)
+    points = quantizer._points(tangents)
+    queries = points[:3]
+    prepared = tables.prepare(points.swapaxes(0, 1), theta)
+    ref = np.empty((3, 2, 1030), np.float32)
+    tables.distance_tables(queries, *prepared, theta, {"geodesic": 0, "squared": 1}[metric], ref)
+    distances = ref[:, 0] + ref[:, 1]
+    part = exact._Part(quantizer, points, 0)
+    for rank in (0, 1, 100, 1029):
+        limits = np.sort(distances, axis=1)[:, rank].copy()
+        assert part.candidates(queries, limits)[distances <= limits[:, None]].all()
+
+
+def test_the_bound_drops_most_of_the_rest() -> None:
+    points, queries = (codec()._points(vectors(n, seed)) for n, seed in ((3000, 0), (5, 1)))
+    for metric, power in (("geodesic", 1), ("squared", 2)):
+        part = exact._Part(codec(metric), points, 0)
+        distances = (lorentz.distance(points[None], queries[:, None], np.array(THETA)) ** power).sum(axis=2)
+        limits = np.sort(distances, axis=1)[:, 50].astype(np.float32)
+        for q, kept in enumerate(part.candidates(queries, limits)):
+            assert (distances[q, kept] < limits[q] * 1.001).all()
 
 
 def test_agrees_with_an_index_of_codewords() -> None:
@@ -92,14 +130,14 @@ def test_mapped_files_projectors_and_other_dtypes(tmp_path: Path) -> None:
     raw, asked = rng.normal(size=(50, 5)).astype(np.float32), rng.normal(size=(4, 5)).astype(np.float32)
     ref = exact_search(codec(), projector.transform(raw), projector.transform(asked), 9)
     np.save(tmp_path / "x.npy", raw)
-    for given in (
+    for same in (
         raw,
         raw.astype(np.float64),
         raw.tolist(),
         np.asfortranarray(raw),
         np.load(tmp_path / "x.npy", mmap_mode="r"),
     ):
-        comp = exact_search(codec(), given, asked, 9, projector=projector)
+        comp = exact_search(codec(), same, asked, 9, projector=projector)
         np.testing.assert_array_equal(comp[0], ref[0])
         np.testing.assert_array_equal(comp[1], ref[1])
 
@@ -112,7 +150,8 @@ def test_nothing_to_search_or_to_search_with() -> None:
 
 
 def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact, "_ROWS", 8)
+    monkeypatch.setattr(exact, "_FIRST", 8)
+    monkeypatch.setattr(exact, "_MOST", 8)
     x = vectors(20)
     bad = x.copy()
     bad[17, 2] = np.nan
@@ -121,7 +160,7 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (x[:, :-1], x, 3, InvalidVectorsError, r"xb must have shape \(n, 12\)"),
         (x, x[:, :-1], 3, InvalidVectorsError, r"xq must have shape \(n, 12\)"),
         (bad, x, 3, InvalidVectorsError, "xb must be finite.* first row 17"),
-        (np.load(tmp_path / "bad.npy", mmap_mode="r"), x, 3, InvalidVectorsError, r"xb\[16:24\] must be finite.* first row 1"),
+        (np.load(tmp_path / "bad.npy", mmap_mode="r"), x, 3, InvalidVectorsError, r"xb\[16:20\] must be finite.* first row 1"),
         (x, x, 0, InvalidParameterError, "k must be"),
     ):
         with pytest.raises(error, match=message):
