@@ -177,7 +177,7 @@ def test_images_are_evaluated_through_the_models_own_backbone(folder):
     assert 0.4 < held_out["map_at_n"] < 0.6  # "c" is found, "d" never
 
     for change, message in (
-        (("--image-size", 2), "at another size than 2 (its own: 4)"),
+        (("--split", "train", "--image-size", 2), "at another size than 2 (its own: 4)"),
         (("--data", images / "train" / "a"), "has no labels"),
         (("--split", "none"), "split must be"),
     ):
