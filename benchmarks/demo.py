@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 import typer
@@ -32,6 +31,7 @@ from training.cache import cache_features, cache_views
 from training.config import TrainConfig
 from training.data import ImageSet, Labels, Split, load_images, split_protocol
 from training.evaluate import Evaluation, evaluate_index
+from training.experiments.baselines import faiss_index, normalized
 from training.export import export
 from training.recipes import recipe
 from training.train import train
@@ -45,8 +45,6 @@ PIXELS = {"digits": 8, "fashion-mnist": 28, "mnist": 28}
 MIN_STEPS, MAX_STEPS = 400, 3300
 # Training images of a class that go through a network; pixel images from which on neighbours serve as views.
 NETWORK_IMAGES, MANY_IMAGES = 500, 20_000
-# Baselines rotate to this many dimensions a subspace, and learn the rotation from at most so many vectors.
-OPQ_DSUB, OPQ_VECTORS = 16, 16_384
 # The drawing: sides in pixels, and colours.
 TILE, FRAME, GAP = 80, 4, 6
 WHITE, GREEN, RED = (255, 255, 255), (27, 158, 63), (214, 39, 40)
@@ -77,38 +75,17 @@ def baselines(job: Job, bits: list[int]) -> list[tuple[str, str, Evaluation]]:
     """faiss on the centred, L2-normalised features: exact search, then IndexPQ and OPQ at each number of bits."""
     x = normalized(job.features, job.split.database)
     database, d = x[job.split.database], x.shape[1]
-    indexes: list[tuple[str, int, Any]] = [("exact L2 (faiss.IndexFlatL2)", 4 * d, faiss.IndexFlatL2(d))]
+    wanted = [("exact L2 (faiss.IndexFlatL2)", 4 * d, "exact", 0)]
     for b in bits:
-        M = b // 8
-        if d % M == 0:
-            indexes.append((f"faiss.IndexPQ, {b} bits", M, faiss.IndexPQ(d, M, 8)))
-        indexes.append((f"OPQ + faiss.IndexPQ, {b} bits", M, _opq(database, M)))
+        if d % (b // 8) == 0:
+            wanted.append((f"faiss.IndexPQ, {b} bits", b // 8, "pq", b))
+        wanted.append((f"OPQ + faiss.IndexPQ, {b} bits", b // 8, "opq", b))
     results = []
-    for name, size, index in indexes:
-        if isinstance(index, faiss.IndexPQ):
-            index.pq.cp.min_points_per_centroid = 1
-        index.train(database)
+    for name, size, method, b in wanted:
+        index = faiss_index(method, database, b)
         index.add(database)
         results.append((name, f"{size:,}", job.evaluate(index, x)))
     return results
-
-
-def _opq(database: FloatArray, M: int) -> Any:
-    """faiss's OPQ, its rotation to at most M·OPQ_DSUB dimensions learnt; the PQ behind it is not trained yet."""
-    d = database.shape[1]
-    rotation = faiss.OPQMatrix(d, M, min(d - d % M, M * OPQ_DSUB))
-    index, learner = (faiss.IndexPQ(rotation.d_out, M, 8) for _ in range(2))
-    index.pq.cp.min_points_per_centroid = learner.pq.cp.min_points_per_centroid = 1  # small databases are fine here
-    rotation.pq, rotation.max_train_points = learner.pq, OPQ_VECTORS
-    rotation.train(database)
-    rotation.pq = None  # it does not own the learner, which ends here
-    return faiss.IndexPreTransform(rotation, index)
-
-
-def normalized(features: FloatArray, rows: npt.NDArray[np.int64]) -> FloatArray:
-    """Features (n, d) minus the mean of these rows, divided by their L2 norm."""
-    centered = features - features[rows].mean(axis=0, dtype=np.float64).astype(np.float32)
-    return np.ascontiguousarray(centered / np.maximum(np.linalg.norm(centered, axis=1, keepdims=True), 1e-12))
 
 
 def draw_neighbours(job: Job, index: HyperbolicPQIndex, path: Path, *, rows: int = 8, neighbours: int = 10) -> None:
