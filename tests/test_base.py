@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 import hyperfaiss
 import hyperfaiss.search
+import hyperfaiss.storage
 from hyperfaiss import (
     HyperbolicIVFPQIndex,
     HyperbolicPQIndex,
@@ -79,6 +80,34 @@ def assert_same_answers(comp: Index, ref: Index, *, some_lists: bool = True) -> 
     np.testing.assert_array_equal(ids, np.sort(ref.ids))
     if len(np.unique(ids)) == len(ids):
         np.testing.assert_array_equal(comp.reconstruct_batch(ids), ref.reconstruct_batch(ids))
+
+
+# ------------------------------------------------------------------------------------------------ closing up
+
+
+@pytest.mark.parametrize("piece", [1, 3, 16384])
+def test_what_is_left_lies_as_if_added_alone(kind: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over lists of many blocks, some untouched, some with a gap at either end, some emptied."""
+    monkeypatch.setattr(hyperfaiss.storage, "_PIECE", piece)
+    n, x = 1500, vectors(1500)
+    lists = np.zeros(n, int) if kind == "flat" else COARSE.search(x, 1)[1].ravel()
+    place = np.arange(n)
+    gaps = {
+        "first": place == 0, "last": place == n - 1, "middle": place == n // 2, "a block": place // 64 == 9,
+        "the end": place > 700, "some": place % 7 == 3, "all": place >= 0,
+        "a list": lists == lists[0], "of a list": (lists == lists[0]) & (place % 2 == 1),
+    }  # fmt: skip
+    for name, gone in gaps.items():
+        for ids in (place, place[::-1] * 3):
+            comp, ref = fresh(kind, x, ids), fresh(kind, x[~gone], ids[~gone])
+            assert comp.remove_ids(ids[gone]) == gone.sum(), name
+            np.testing.assert_array_equal(comp.ids, ref.ids, err_msg=name)
+            np.testing.assert_array_equal(comp.codes, ref.codes, err_msg=name)
+            for a, b in zip(comp.search(Q, 20), ref.search(Q, 20), strict=True):
+                np.testing.assert_array_equal(a, b, err_msg=name)
+            comp.add_with_ids(x[:9], np.arange(9) + 10**6)
+            ref.add_with_ids(x[:9], np.arange(9) + 10**6)
+            np.testing.assert_array_equal(comp.codes, ref.codes, err_msg=name)
 
 
 # ------------------------------------------------------------------------------------------------ ids
