@@ -43,7 +43,7 @@ def recall(I: npt.ArrayLike, true: npt.ArrayLike) -> FloatArray:  # noqa: E741
     keys = numbers.reshape(len(found), found.shape[1] + wanted.shape[1]).astype(np.int64) + np.arange(len(found))[
         :, None
     ] * len(ids)
-    left, right = np.unique(keys[:, : found.shape[1]][found >= 0]), np.unique(keys[:, found.shape[1] :][wanted >= 0])
+    left, right = np.unique(keys[:, : found.shape[1]]), np.unique(keys[:, found.shape[1] :][wanted >= 0])
     both = np.intersect1d(left, right, assume_unique=True)
     common, there = (np.bincount(part // max(len(ids), 1), minlength=len(found)) for part in (both, right))
     shares: FloatArray = common / np.maximum(there, 1)
