@@ -84,6 +84,7 @@ class TrainConfig:
         lr_warmup: epochs of linear warm-up.
         momentum: of SGD.
         weight_decay: of projector and backbone.
+        refit: whether the codebooks are fitted anew after the last epoch, by hyperbolic k-means of the training items.
         amp: bfloat16 autocast around backbone and projector; the geometry is float64 in any case.
 
     Run:
@@ -133,6 +134,7 @@ class TrainConfig:
     lr_warmup: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 5e-3
+    refit: bool = False
     amp: bool = False
 
     val_fraction: float = 0.1
@@ -149,6 +151,8 @@ class TrainConfig:
         unknown = [quirk for quirk in self.quirks if quirk not in QUIRKS]
         if unknown:
             raise InvalidParameterError(f"no quirks {unknown}; there are {', '.join(QUIRKS)}")
+        if self.refit and (self.method != "hihpq" or self.geometry == "cosine"):
+            raise InvalidParameterError(f"refit is for HiHPQ on manifolds, got {self.method!r} in {self.geometry} geometry")
         if self.levels[0] > self.subclusters:
             raise InvalidParameterError(f"levels {self.levels} can't be merged from subclusters = {self.subclusters}")
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from hyperfaiss import HyperbolicPQIndex
+from hyperfaiss import HyperbolicPQIndex, lorentz
 from hyperfaiss.codec import HyperbolicProductQuantizer
 from hyperfaiss.errors import InvalidParameterError, InvalidVectorsError
 from training.config import TrainConfig
@@ -348,6 +348,18 @@ class HiHPQ(Quantizer):
             points = self.points(torch.from_numpy(vectors[start : start + _ROWS]).to(codebooks.device))
             total += float(self.space.to_codewords(points, codebooks).amin(-1).sum())
         return total / (len(vectors) * self.config.M) + (1.0 if self.config.geometry == "cosine" else 0.0)
+
+    @torch.no_grad()
+    def refit(self, vectors: npt.NDArray[np.float32]) -> None:
+        """Put centres of hyperbolic k-means of ``vectors`` (n, d), n >= ksub, in place of the codewords.
+
+        A soft codeword shares items with its neighbours; codes are hard, and the mean error of hard codes is what k-means
+        lowers. See ``HyperbolicProductQuantizer.train``.
+        """
+        codec = self.codec()
+        codec.train(vectors)
+        points = torch.from_numpy(codec.codebooks).to(self.codewords)
+        self.codewords.copy_(lorentz.log0(points, self.theta[:, None]))
 
     @torch.no_grad()
     def codec(self) -> HyperbolicProductQuantizer:

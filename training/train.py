@@ -384,6 +384,9 @@ class _Run:
         load_state(self.model, self.best.model)
         self.model.eval()
         self._encoded = None
+        if self.config.refit and isinstance(self.model, HiHPQ) and len(self.train_rows) >= self.config.ksub:
+            self.model.refit(self._vectors()[self.train_rows])
+            self.best = replace(self.best, model=state_of(self.model))
         self.hierarchy = self._cluster(self.config.epochs) if isinstance(self.model, HiHPQ) else None
         row = self._best_row()
         self.best = replace(self.best, hierarchy=self.hierarchy)

@@ -217,6 +217,20 @@ def test_early_stopping_counts_from_the_best_epoch():
     assert result.best_epoch == 1 + int(np.argmin(losses))
 
 
+def test_refit_lowers_the_error_of_codes_and_happens_once(tmp_path):
+    plain = train(NoisyViews(), CONFIG, progress=False)
+    refit = train(NoisyViews(), CONFIG.replace(refit=True), tmp_path, progress=False)
+    rows, _ = _split(N, CONFIG)
+    x = plain.model.encode(NoisyViews().features())[rows]
+    assert refit.model.quantization_error(x) < 0.9 * plain.model.quantization_error(x)
+    for name, tensor in plain.model.state_dict().items():
+        assert torch.equal(tensor, refit.model.state_dict()[name]) == (name != "codewords")
+    again = train(NoisyViews(), None, tmp_path, resume=True, progress=False)
+    assert_same(state(again), state(refit))
+    with pytest.raises(InvalidParameterError, match="refit is for HiHPQ on manifolds, got 'spq'"):
+        CONFIG.replace(refit=True, method="spq")
+
+
 def test_without_labels_and_patience_the_last_epoch_is_kept():
     result = train(NoisyViews(), CONFIG.replace(epochs=2), progress=False)
     assert result.best_epoch == 2
