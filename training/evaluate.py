@@ -162,7 +162,7 @@ def evaluate_index(
     repeats : searches for N results that are timed.
     at : the k of P@k and of recall@k; those beyond the database are left out.
     depth : ranks of the precision-recall curve, cut to the size of the database; default: N. The search is for as many
-        results, some queries at a time: all ranks of 1M vectors take about 0.1 s a query.
+        results, some queries at a time: all ranks of 1M vectors take about 0.2 s a query.
     vectors : the database's vectors in the order of their ids, of an index of hyperfaiss: asks for ``recall`` and
         ``subspaces``, too. May be mapped from a file.
     recall_queries : how many queries the recall is measured with, evenly spaced where there are more; 0: none.
