@@ -1,19 +1,22 @@
-"""The ``hihpq`` command: train, export, eval. Each does what the function of the same name does."""
+"""The ``hihpq`` command: train, export, eval; table and sweep are in :mod:`training.experiments.cli`.
+
+Each does what the function of the same name does.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from hyperfaiss.errors import HyperfaissError, InvalidParameterError, InvalidVectorsError
+from hyperfaiss.errors import InvalidParameterError, InvalidVectorsError
+from hyperfaiss.terminal import command_line, json_or_text, only_one, option, reported_errors
 from training.config import TrainConfig
+from training.experiments import cli as experiments
 from training.recipes import RECIPES, recipe
 
 if TYPE_CHECKING:
@@ -23,60 +26,31 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain text: one line an option
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    help="\b\nhihpq train --embeddings x.npy --bits 32 --out runs/x\nhihpq export runs/x x.safetensors\n\n"
-    "Learn hyperbolic product quantisers without labels (HiHPQ), export them, measure them.",
+app = command_line(
+    "\b\nhihpq train --embeddings x.npy --bits 32 --out runs/x\nhihpq export runs/x x.safetensors\n\n"
+    "Learn hyperbolic product quantisers without labels (HiHPQ), export them, measure them."
 )
-
-
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """What a user can mend, in one line and exit code 1; the traceback is left to bugs."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    try:
-        yield
-    except (HyperfaissError, OSError) as error:
-        console.print(f"error: {error}")
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt as stop:  # of training: TrainingInterrupted, which says what was saved
-        console.print(str(stop) or "stopped")
-        raise typer.Exit(130) from stop
-
-
-def _only_one(**given: object) -> None:
-    """A usage error unless exactly one of the options has a value."""
-    names = " or ".join(f"--{name}" for name in given)
-    if sum(value is not None for value in given.values()) != 1:
-        raise typer.BadParameter(f"give {names} (one of them)")
-
-
-def _option(metavar: str, text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, metavar=metavar, help=text, **more)
+experiments.register(app)
 
 
 @app.command(short_help="Learn codebooks from vectors or images.")
 def train(
-    out: Annotated[Path, _option("DIR", "Folder of the run: checkpoints, log, curves.")],
-    embeddings: Annotated[Path | None, _option("FILE", "Vectors (n, d): .npy, .npz or Parquet.")] = None,
-    labels: Annotated[str | None, _option("FILE|NAME", "Their labels: a .npy file, or an array or column of FILE.")] = None,
-    data: Annotated[str | None, _option("DIR|NAME", "Images: a folder of class folders, or digits, cifar10, ...")] = None,
-    split: Annotated[str, _option("PART", "Part of the images: train, test or all.")] = "all",
-    backbone: Annotated[str, _option("NAME", "What makes vectors of images.")] = "efficientnet-lite0",
-    weights: Annotated[Path | None, _option("FILE", "Its weights, in place of the usual ones.")] = None,
-    image_size: Annotated[int | None, _option("S", "Side of the images that it sees.")] = None,
-    trainable: Annotated[str | None, _option("all|PREFIX", "Train the backbone, too: all of it, or layers by prefix.")] = None,
-    cached_views: Annotated[int, _option("V", "Augmented views kept for each image; 0: made on the fly.", min=0)] = 10,
-    cache: Annotated[Path | None, _option("DIR", "Where to keep them (default: OUT/cache).")] = None,
-    bits: Annotated[int | None, _option("B", "Bits of a code (default: 32).", min=4)] = None,
-    recipe_name: Annotated[str, _option("NAME", f"Hyper-parameters: {', '.join(RECIPES)}.", "--recipe")] = "default",
-    changes: Annotated[list[str] | None, _option("NAME=VALUE", "Change one of them; repeatable.", "--set")] = None,
-    seed: Annotated[int | None, _option("N", "Seed of every random choice (default: 0).", min=0)] = None,
-    device: Annotated[str, _option("NAME", "cpu or cuda.")] = "cpu",
+    out: Annotated[Path, option("DIR", "Folder of the run: checkpoints, log, curves.")],
+    embeddings: Annotated[Path | None, option("FILE", "Vectors (n, d): .npy, .npz or Parquet.")] = None,
+    labels: Annotated[str | None, option("FILE|NAME", "Their labels: a .npy file, or an array or column of FILE.")] = None,
+    data: Annotated[str | None, option("DIR|NAME", "Images: a folder of class folders, or digits, cifar10, ...")] = None,
+    split: Annotated[str, option("PART", "Part of the images: train, test or all.")] = "all",
+    backbone: Annotated[str, option("NAME", "What makes vectors of images.")] = "efficientnet-lite0",
+    weights: Annotated[Path | None, option("FILE", "Its weights, in place of the usual ones.")] = None,
+    image_size: Annotated[int | None, option("S", "Side of the images that it sees.")] = None,
+    trainable: Annotated[str | None, option("all|PREFIX", "Train the backbone, too: all of it, or layers by prefix.")] = None,
+    cached_views: Annotated[int, option("V", "Augmented views kept for each image; 0: made on the fly.", min=0)] = 10,
+    cache: Annotated[Path | None, option("DIR", "Where to keep them (default: OUT/cache).")] = None,
+    bits: Annotated[int | None, option("B", "Bits of a code (default: 32).", min=4)] = None,
+    recipe_name: Annotated[str, option("NAME", f"Hyper-parameters: {', '.join(RECIPES)}.", "--recipe")] = "default",
+    changes: Annotated[list[str] | None, option("NAME=VALUE", "Change one of them; repeatable.", "--set")] = None,
+    seed: Annotated[int | None, option("N", "Seed of every random choice (default: 0).", min=0)] = None,
+    device: Annotated[str, option("NAME", "cpu or cuda.")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where this run stopped.")] = False,
 ) -> None:
     """\b
@@ -85,12 +59,12 @@ def train(
 
     Learn codebooks; labels, if there are any, only choose the epoch that is kept. Give --embeddings or --data.
     """
-    _only_one(embeddings=embeddings, data=data)
+    only_one(embeddings=embeddings, data=data)
     if recipe_name not in RECIPES:
         raise typer.BadParameter(f"no recipe {recipe_name!r}; there are {', '.join(RECIPES)}", param_hint="--recipe")
     if labels is not None and data is not None:
         raise typer.BadParameter("--labels goes with --embeddings; folders of images have their own")
-    with _errors():
+    with reported_errors():
         config = _config(out, recipe_name, bits, seed, changes or [], resume=resume)
         if embeddings is not None:
             source, y, network = *_embeddings(embeddings, labels, config), None
@@ -119,7 +93,7 @@ def export(
 
     Write the best epoch as a model file, for HyperbolicPQIndex.from_model.
     """
-    with _errors():
+    with reported_errors():
         from training.export import export as write
 
         model = write(run, path)
@@ -129,23 +103,23 @@ def export(
 @app.command(name="eval", short_help="Precision, recall and codeword usage of a model.")
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The model file.")],
-    database: Annotated[Path | None, _option("FILE", "Vectors to search: .npy, .npz or Parquet.")] = None,
-    database_labels: Annotated[str | None, _option("FILE|NAME", "Their labels: .npy, or a name in FILE.")] = None,
-    queries: Annotated[Path | None, _option("FILE", "Vectors to search with.")] = None,
-    query_labels: Annotated[str | None, _option("FILE|NAME", "Their labels.")] = None,
-    data: Annotated[str | None, _option("DIR|NAME", "Images: a folder of class folders, or digits, ...")] = None,
-    split: Annotated[str, _option("PART", "Part of them: train, test or all.")] = "all",
-    query_split: Annotated[str | None, _option("PART", "Part to search with (default: some of each).")] = None,
-    queries_per_class: Annotated[int | None, _option("Q", "How many (default: a sixth, at most 100).", min=1)] = None,
-    weights: Annotated[Path | None, _option("FILE", "The backbone's weights, not the usual ones.")] = None,
-    image_size: Annotated[int | None, _option("S", "Side of the images (default: as in training).")] = None,
-    cache: Annotated[Path | None, _option("DIR", "Where features are kept, such as RUN/cache.")] = None,
-    device: Annotated[str, _option("NAME", "Where the backbone computes: cpu or cuda.")] = "cpu",
-    n: Annotated[int, _option("N", "Length of the result lists.", "-n", min=1)] = 1000,
-    at: Annotated[list[int] | None, _option("K", "P@K, recall@K; repeatable (default: 1, 10, 100).", "-k", min=1)] = None,
-    recall_queries: Annotated[int, _option("Q", "Queries to measure recall with; 0: none.", min=0)] = 1000,
-    depth: Annotated[int | None, _option("R", "Ranks of the curve; 0: all (default: N, or plotted 10000).", min=0)] = None,
-    plots: Annotated[Path | None, _option("DIR", "Write the precision-recall curve here.")] = None,
+    database: Annotated[Path | None, option("FILE", "Vectors to search: .npy, .npz or Parquet.")] = None,
+    database_labels: Annotated[str | None, option("FILE|NAME", "Their labels: .npy, or a name in FILE.")] = None,
+    queries: Annotated[Path | None, option("FILE", "Vectors to search with.")] = None,
+    query_labels: Annotated[str | None, option("FILE|NAME", "Their labels.")] = None,
+    data: Annotated[str | None, option("DIR|NAME", "Images: a folder of class folders, or digits, ...")] = None,
+    split: Annotated[str, option("PART", "Part of them: train, test or all.")] = "all",
+    query_split: Annotated[str | None, option("PART", "Part to search with (default: some of each).")] = None,
+    queries_per_class: Annotated[int | None, option("Q", "How many (default: a sixth, at most 100).", min=1)] = None,
+    weights: Annotated[Path | None, option("FILE", "The backbone's weights, not the usual ones.")] = None,
+    image_size: Annotated[int | None, option("S", "Side of the images (default: as in training).")] = None,
+    cache: Annotated[Path | None, option("DIR", "Where features are kept, such as RUN/cache.")] = None,
+    device: Annotated[str, option("NAME", "Where the backbone computes: cpu or cuda.")] = "cpu",
+    n: Annotated[int, option("N", "Length of the result lists.", "-n", min=1)] = 1000,
+    at: Annotated[list[int] | None, option("K", "P@K, recall@K; repeatable (default: 1, 10, 100).", "-k", min=1)] = None,
+    recall_queries: Annotated[int, option("Q", "Queries to measure recall with; 0: none.", min=0)] = 1000,
+    depth: Annotated[int | None, option("R", "Ranks of the curve; 0: all (default: N, or plotted 10000).", min=0)] = None,
+    plots: Annotated[Path | None, option("DIR", "Write the precision-recall curve here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """\b
@@ -154,7 +128,7 @@ def evaluate(
 
     How well a model's index finds what shares the query's labels, and what its codes lose. Give vectors, or --data.
     """
-    _only_one(database=database, data=data)
+    only_one(database=database, data=data)
     of_vectors = database_labels, queries, query_labels
     of_images = query_split, queries_per_class, weights, image_size, cache
     if database is not None and None in of_vectors:
@@ -163,7 +137,7 @@ def evaluate(
         raise typer.BadParameter("options of images go with --data, those of vectors with --database")
     if query_split is not None and queries_per_class is not None:
         raise typer.BadParameter("give --query-split or --queries-per-class, not both")
-    with _errors():
+    with reported_errors():
         from hyperfaiss.model import Model
         from training.evaluate import evaluate_model
         from training.report import summary, write_report
@@ -255,10 +229,7 @@ def _config(out: Path, name: str, bits: int | None, seed: int | None, changes: l
         key, equals, value = change.partition("=")
         if not equals:
             raise typer.BadParameter(f"--set takes NAME=VALUE, got {change!r}")
-        try:
-            fields[key] = json.loads(value)
-        except ValueError:
-            fields[key] = value
+        fields[key] = json_or_text(value)
     if seed is not None:
         fields["seed"] = seed
     if resume and (out / "last.pt").exists():

@@ -33,6 +33,7 @@ import hyperfaiss
 from hyperfaiss import lorentz
 from hyperfaiss.errors import HyperfaissError, InvalidParameterError, InvalidVectorsError
 from hyperfaiss.io import atomic_path
+from hyperfaiss.progress import progress_bar
 from training.backbones import Backbone
 from training.checkpoint import Checkpoint, load_state, state_of
 from training.config import TrainConfig
@@ -418,13 +419,10 @@ class _Display:
     """A bar over all steps on stderr, or nothing where that is no terminal."""
 
     def __init__(self, run: _Run, *, shown: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import MofNCompleteColumn
 
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._run = run
-        self._progress = Progress(*columns, console=console, disable=not (shown and console.is_terminal))
+        self._progress = progress_bar(MofNCompleteColumn(), shown=shown)
         done = run.finished * run.steps + run.step
         self._task = self._progress.add_task("training", total=run.config.epochs * run.steps, completed=done)
 
