@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -245,7 +246,12 @@ def _measured(run: Run, setting: Setting, folder: Path, *, progress: bool) -> di
 
 # ---------------------------------------------------------------------------------------------- several at a time
 
-_worker_setting: Setting | None = None
+
+class _Worker:
+    """What a process of the pool keeps between runs."""
+
+    setting: Setting
+    stopped = False
 
 
 def _in_processes(runs: Sequence[Run], options: SettingOptions, out: Path, jobs: int) -> Iterator[tuple[Run, Result | Failure]]:
@@ -266,22 +272,37 @@ def _in_processes(runs: Sequence[Run], options: SettingOptions, out: Path, jobs:
 
 
 def _start_worker(options: SettingOptions, jobs: int) -> None:
-    global _worker_setting  # noqa: PLW0603 - what a pool's initialiser is for
     import faiss
     import torch
 
     # Ctrl-C reaches every process of the terminal: the trainer saves and stops, anything else may die where it is.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threads = max(1, hyperfaiss.get_num_threads() // jobs)
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     hyperfaiss.set_num_threads(threads)
-    _worker_setting = Setting(options)
+    _Worker.setting = Setting(options)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)  # which the trainer, too, takes for a stop
 
 
 def _work(run: Run, out: Path) -> Result | Failure:
-    assert _worker_setting is not None
-    return _attempt(run, _worker_setting, out, progress=False)
+    if _Worker.stopped:  # the pool hands out runs ahead
+        raise KeyboardInterrupt
+    try:
+        return _attempt(run, _Worker.setting, out, progress=False)
+    except KeyboardInterrupt:
+        _Worker.stopped = True
+        parent = multiprocessing.parent_process()
+        if parent is None or not parent.is_alive():
+            os._exit(130)  # nobody is left to tell
+        raise
 
 
 # ---------------------------------------------------------------------------------------------- pieces
