@@ -370,7 +370,7 @@ class _Run:
     def _write_log(self) -> None:
         assert self.out is not None
         text = io.StringIO()
-        thetas = [f"theta_{m}" for m in range(self.config.M)]
+        thetas = [f"theta_{m}" for m in range(len(self.history[0]["theta"]))]
         names = [name for name in self.history[0] if name != "theta"]
         writer = csv.DictWriter(text, [*names, *thetas], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()

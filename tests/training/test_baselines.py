@@ -18,6 +18,8 @@ from training.baselines.mecoq import debiased_loss
 from training.checkpoint import load_state, state_of
 from training.config import TrainConfig
 from training.methods import build
+from training.train import train
+from training.views import EmbeddingViews
 
 M, DSUB, D_IN, B = 2, 3, 6, 5
 
@@ -494,3 +496,42 @@ def test_an_index_of_few_or_none():
     with pytest.raises(InvalidParameterError):
         index.search(np.ones((1, 8)), 0)
     assert index.ntotal == 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_resumes_to_the_bit(method, tmp_path):
+    def source():
+        return EmbeddingViews(items(60), noise=0.3)
+
+    # The trainer's own interruption is tested elsewhere; here, that a run stopped between epochs and in the middle of one
+    # goes on with the same bits drawn and the same codes remembered.
+    settings = config(method, batch_size=16, epochs=5, lr=0.05, lr_codebook=0.1)
+    whole = train(source(), settings, progress=False)
+    stopper = Stopping(source(), after=3 * 3 + 1)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopper, settings, tmp_path, progress=False)
+    resumed = train(source(), settings, tmp_path, resume=True, progress=False)
+    for row, other in zip(whole.history, resumed.history, strict=True):
+        assert row | {"seconds": 0} == other | {"seconds": 0}
+    states = [result.model.state_dict() for result in (whole, resumed)]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=0, atol=0)
+
+
+class Stopping:
+    """A source that raises a signal's flag after some batches, as Ctrl-C would."""
+
+    def __init__(self, source, after):
+        self._source, self._left = source, after
+        self.n, self.d_in, self.backbone = source.n, source.d_in, None
+
+    def features(self):
+        return self._source.features()
+
+    def views(self, indices, rng):
+        import signal
+
+        self._left -= 1
+        if self._left == 0:
+            signal.raise_signal(signal.SIGINT)
+        return self._source.views(indices, rng)

@@ -447,3 +447,10 @@ def test_normalized_features():
     np.testing.assert_allclose(normalized(x, rows), wanted, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(x, before)
     assert not normalized(np.ones((3, 2), np.float32), np.arange(3)).any()
+
+
+@pytest.mark.parametrize("method", ["spq", "mecoq", "cibhash", "bihalf"])
+def test_baselines_stand_in_tables(hihpq, tmp_path, method):
+    done = hihpq("table", methods=method, bits="8")
+    assert done.exit_code == 0, done.output
+    assert [r["method"] for r in rows_of(tmp_path / "out" / "table.csv")] == [method]

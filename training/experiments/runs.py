@@ -212,12 +212,12 @@ def _attempt(run: Run, setting: Setting, out: Path, *, progress: bool) -> Result
 
 def _measured(run: Run, setting: Setting, folder: Path, *, progress: bool) -> dict[str, Any]:
     """Train, fill an index with the database, search it; or the same by faiss."""
-    split = setting.protocol.split
+    held, asked = setting.database, setting.protocol.split.query
     start = time.perf_counter()
     more: dict[str, Any] = {}
     if run.config is None:
         x = setting.normalized_features
-        database, queries = x[split.database], x[split.query]
+        database, queries = x[held], x[asked]
         index = faiss_index(run.method, database, run.bits, seed=run.seed)
         training = time.perf_counter() - start
     else:
@@ -236,7 +236,7 @@ def _measured(run: Run, setting: Setting, folder: Path, *, progress: bool) -> di
         training = sum(row["seconds"] for row in trained.history)  # of all sittings
         more["epoch"] = trained.best_epoch
         start = time.perf_counter()
-        database, queries = (trained.model.encode(setting.features[rows]) for rows in (split.database, split.query))
+        database, queries = (trained.model.encode(setting.features[rows]) for rows in (held, asked))
         index = trained.model.index()
     index.add(database)
     metrics = setting.judge(index, database, queries)

@@ -82,7 +82,7 @@ class Setting:
         """What figures must have in common to stand in one table; JSON-able."""
         split, images = self.protocol.split, self.protocol.images
         digest = hashlib.blake2b(digest_size=16)
-        for rows in (split.query, split.train, split.database):
+        for rows in (split.query, split.train, self.database):
             digest.update(rows.tobytes() + b"|")
         return {
             "protocol": self.protocol.name,
@@ -130,6 +130,15 @@ class Setting:
         )
 
     @cached_property
+    def database(self) -> npt.NDArray[np.int64]:
+        """Rows of the database in the order that indexes hold it: shuffled, by the split's seed.
+
+        Equal distances are ranked by position, and images mostly come class by class: in that order, many a tied list of
+        Hamming codes would hold one class.
+        """
+        return np.random.default_rng(self.options.split_seed).permutation(self.protocol.split.database)
+
+    @cached_property
     def normalized_features(self) -> Features:
         """(n, d_in): what the faiss methods get."""
         return normalized(self.features, self.protocol.split.database)
@@ -154,11 +163,12 @@ class Setting:
         return self._shared[1]
 
     def judge(self, index: Searchable, database: npt.NDArray[np.float32], queries: npt.NDArray[np.float32]) -> dict[str, Any]:
-        """The figures of an index that holds ``database`` (n, ·), asked for ``queries`` (nq, ·). JSON-able.
+        """The figures of an index that holds ``database`` (n, ·), in this order, asked for ``queries`` (nq, ·). JSON-able.
 
         Of an index of this library also what quantisation costs it: recall of the unquantised order, codeword usage, errors.
         """
-        split, labels = self.protocol.split, self.protocol.labels
+        labels = self.protocol.labels
+        asked, held = labels[self.protocol.split.query], labels[self.database]
         vectors = database if isinstance(index, BaseIndex) else None
-        judged = evaluate_index(index, queries, labels[split.query], labels[split.database], self.n, repeats=1, vectors=vectors)
+        judged = evaluate_index(index, queries, asked, held, self.n, repeats=1, vectors=vectors)
         return judged.to_dict()
