@@ -64,6 +64,10 @@ class TrainConfig:
     Losses:
         tau: softness of the quantiser, Eq. 12 (1/tau multiplies the distances).
         tau_qc: temperature of the contrastive losses, Eq. 15.
+        contrast: what the losses compare by: "geodesic" distances, summed over subspaces as the paper does, or "squared"
+            Lorentzian ones, whose pull fades where items are near already. (Cosine geometry has its own.)
+        asymmetric: whether the contrastive and the instance loss compare unquantised anchors with quantised others, as a
+            search compares queries with codes; else both are quantised, as in the paper.
         lambda1, lambda2: weights of the prototype and of the instance loss, Eq. 21.
         levels: clusters of each level of the hierarchy, the finest first.
         subclusters: most k-means clusters that Ward's method starts from.
@@ -111,6 +115,8 @@ class TrainConfig:
 
     tau: float = 0.5
     tau_qc: float = 0.3
+    contrast: Literal["geodesic", "squared"] = "geodesic"
+    asymmetric: bool = False
     lambda1: float = 1.0
     lambda2: float = 1.0
     levels: tuple[int, ...] = (200, 100, 50)

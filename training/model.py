@@ -291,7 +291,9 @@ class HiHPQ(Quantizer):
     @property
     def space(self) -> Space:
         """Where points live, with the curvatures of the moment."""
-        return Cosine() if self.config.geometry == "cosine" else Lorentz(self.theta, self.config.clip_radius)
+        if self.config.geometry == "cosine":
+            return Cosine()
+        return Lorentz(self.theta, self.config.clip_radius, squared=self.config.contrast == "squared")
 
     def vectors(self, tangents: Tensor) -> Tensor:
         """Unclipped tangent vectors; in cosine geometry unit subvectors, joined."""
@@ -321,8 +323,9 @@ class HiHPQ(Quantizer):
         show a neighbour, whose prototypes are its own.
         """
         c, space, b = self.config, self.space, len(view1)
-        quantized = self.quantize(self.points(self.tangents(torch.cat([view1, view2]))))
-        distances = space.distances(quantized, quantized)
+        points = self.points(self.tangents(torch.cat([view1, view2])))
+        quantized = self.quantize(points)
+        distances = space.distances(points if c.asymmetric else quantized, quantized)
         contrastive = quantized_contrastive_loss(distances, c.tau_qc)
         prototype = instance = torch.zeros_like(contrastive)
         if hierarchy is not None and c.lambda1:

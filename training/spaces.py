@@ -46,10 +46,14 @@ class Space(Protocol):
 
 @dataclass(frozen=True)
 class Lorentz:
-    """Curvatures -theta (M,), 0 for flat subspaces; tangent vectors clipped to norm ``clip_radius``."""
+    """Curvatures -theta (M,), 0 for flat subspaces; tangent vectors clipped to norm ``clip_radius``.
+
+    ``squared``: :meth:`distances` are sums of squared Lorentzian distances, not of geodesic ones.
+    """
 
     theta: Tensor
     clip_radius: float | None
+    squared: bool = False
 
     def points(self, tangents: Tensor) -> Tensor:
         """Clip and exponential map (Eq. 5)."""
@@ -72,7 +76,10 @@ class Lorentz:
         return midpoints.transpose(0, 1)
 
     def distances(self, x: Tensor, y: Tensor) -> Tensor:
-        """Geodesic distances on the product manifold (Eq. 8)."""
+        """Geodesic distances on the product manifold (Eq. 8), or sums over subspaces of squared Lorentzian ones (Eq. 10)."""
+        if self.squared:
+            squared: Tensor = lorentz.pairwise_squared_distance(x.transpose(0, 1), y.transpose(0, 1), self.theta)
+            return squared.sum(0)
         return product_distance(x, y, self.theta)
 
 

@@ -76,6 +76,25 @@ def test_forward_equals_the_formulas(model):
     np.testing.assert_allclose([float(comp[name]) for name in model.loss_names], ref, rtol=1e-9)
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("contrast", ["geodesic", "squared"])
+def test_what_the_contrastive_loss_compares_and_how(model, contrast, asymmetric):
+    model.config = model.config.replace(contrast=contrast, asymmetric=asymmetric)
+    (view1, view2), hierarchy = batch()
+    with torch.no_grad():
+        comp = model(view1, view2, hierarchy)
+        tangents = model.tangents(torch.cat([view1, view2]))
+    quantized = naive_quantized(model, tangents)
+    parts = tangents.view(len(tangents), M, DSUB).tolist()
+    points = [[naive.exp0(naive.clip(part, 0.9), t) for part, t in zip(row, THETA, strict=True)] for row in parts]
+    measure = naive.distance if contrast == "geodesic" else naive.squared_lorentzian
+    anchors = points if asymmetric else quantized
+    distances = [[sum(measure(p, q, t) for p, q, t in zip(a, b, THETA, strict=True)) for b in quantized] for a in anchors]
+    assert float(comp["contrastive"]) == pytest.approx(naive.contrastive(distances, 0.4), rel=1e-9)
+    partners = draw_partners(hierarchy.assignments, hierarchy.keys).tolist()
+    assert float(comp["instance"]) == pytest.approx(naive.instance([row[:B] for row in distances[:B]], partners, 0.4), rel=1e-9)
+
+
 def test_soft_quantiser_equals_the_formula(model):
     tangents = torch.randn(4, M * DSUB, dtype=torch.float64)
     with torch.no_grad():
