@@ -35,7 +35,7 @@ from training.experiments.baselines import faiss_index, normalized
 from training.export import export
 from training.recipes import recipe
 from training.train import train
-from training.views import CachedViews, EmbeddingViews, ViewSource
+from training.views import ViewSource, source_of
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -154,14 +154,13 @@ def fitted(config: TrainConfig, n: int, epochs: int | None) -> TrainConfig:
 
 def views_of(job: Job, backbone: Any, cache: Path, count: int | None, neighbours: int, seed: int) -> ViewSource:
     """What HiHPQ learns from: augmented views of the training images, or vectors and their neighbours."""
-    features, config = job.features[job.split.train], recipe()
-    shown: dict[str, Any] = {"neighbours": min(neighbours, len(features) - 1), "neighbour_power": config.power}
+    features, config = job.features[job.split.train], recipe(neighbours=neighbours)
     if count is None:
         count = 0 if backbone.name == "pixels" and len(features) >= MANY_IMAGES else 10
     if not count:
-        return EmbeddingViews(features, dropout=config.dropout, **shown)
+        return source_of(config, features)
     views = cache_views(job.images.subset(job.split.train), backbone, cache, views=count, seed=seed)
-    return CachedViews(features, views, **shown)
+    return source_of(config, features, views)
 
 
 def main(

@@ -65,7 +65,8 @@ class TrainConfig:
         tau: softness of the quantiser, Eq. 12 (1/tau multiplies the distances).
         tau_qc: temperature of the contrastive losses, Eq. 15.
         contrast: what the losses compare by: "geodesic" distances, summed over subspaces as the paper does, or "squared"
-            Lorentzian ones, whose pull fades where items are near already. (Cosine geometry has its own.)
+            Lorentzian ones, their mean over subspaces, whose pull fades where items are near already. (Cosine geometry has
+            its own.)
         asymmetric: whether the contrastive and the instance loss compare unquantised anchors with quantised others, as a
             search compares queries with codes; else both are quantised, as in the paper.
         lambda1, lambda2: weights of the prototype and of the instance loss, Eq. 21.

@@ -48,7 +48,7 @@ class Space(Protocol):
 class Lorentz:
     """Curvatures -theta (M,), 0 for flat subspaces; tangent vectors clipped to norm ``clip_radius``.
 
-    ``squared``: :meth:`distances` are sums of squared Lorentzian distances, not of geodesic ones.
+    ``squared``: :meth:`distances` are means of squared Lorentzian distances, not sums of geodesic ones.
     """
 
     theta: Tensor
@@ -76,10 +76,10 @@ class Lorentz:
         return midpoints.transpose(0, 1)
 
     def distances(self, x: Tensor, y: Tensor) -> Tensor:
-        """Geodesic distances on the product manifold (Eq. 8), or sums over subspaces of squared Lorentzian ones (Eq. 10)."""
+        """Geodesic distances on the product manifold (Eq. 8), or means over subspaces of squared Lorentzian ones (Eq. 10)."""
         if self.squared:
             squared: Tensor = lorentz.pairwise_squared_distance(x.transpose(0, 1), y.transpose(0, 1), self.theta)
-            return squared.sum(0)
+            return squared.mean(0)
         return product_distance(x, y, self.theta)
 
 

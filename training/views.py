@@ -56,7 +56,7 @@ class ViewSource(Protocol):
 class _Partners:
     """Draws whom the second view of an item comes from: a neighbour with some probability, else the item itself."""
 
-    def __init__(self, features: Features, neighbours: Neighbours, probability: float, power: float) -> None:
+    def __init__(self, features: Features, neighbours: Neighbours, probability: float) -> None:
         if not 0 <= probability <= 1 or (isinstance(neighbours, int) and neighbours < 0):
             raise InvalidParameterError(
                 f"neighbours must be at least 0 and their probability in [0, 1], got {neighbours} and {probability}"
@@ -66,7 +66,7 @@ class _Partners:
         if not isinstance(neighbours, int):
             self.table = checked_neighbours(neighbours, len(features))
         else:
-            self.table = nearest_neighbours(features, neighbours, power=power) if neighbours and probability else None
+            self.table = nearest_neighbours(features, neighbours) if neighbours and probability else None
 
     def draw(self, indices: Indices, rng: np.random.Generator) -> Indices:
         if self.table is None:
@@ -87,7 +87,6 @@ class CachedViews:
         neighbours: k, and the second view shows one of the k nearest neighbours in `features`; or whom it shows, as integers
             (n, k) (see `training.neighbours`). 0: always the item itself.
         neighbour_probability: how often it does.
-        neighbour_power: neighbours are those of ``sign(x) |x|**power``; the recipe's `power` finds what the model will see.
 
     Raises:
         InvalidVectorsError: shapes that do not fit each other.
@@ -103,7 +102,6 @@ class CachedViews:
         *,
         neighbours: Neighbours = 0,
         neighbour_probability: float = 1.0,
-        neighbour_power: float = 1.0,
     ) -> None:
         self._features = _matrix(features)
         self.n, self.d_in = self._features.shape
@@ -112,7 +110,7 @@ class CachedViews:
                 f"views must be floats (V, {self.n}, {self.d_in}) as the features are, got {views.dtype} {views.shape}"
             )
         self._views = views
-        self._partners = _Partners(self._features, neighbours, neighbour_probability, neighbour_power)
+        self._partners = _Partners(self._features, neighbours, neighbour_probability)
         if len(views) == 1 and self._partners.table is None:
             raise InvalidParameterError("one cached view and no neighbours would make both views equal; use V >= 2")
 
@@ -140,7 +138,7 @@ class EmbeddingViews:
 
     Args:
         features: (n, d) float32, the training vectors.
-        neighbours, neighbour_probability, neighbour_power: as for CachedViews.
+        neighbours, neighbour_probability: as for CachedViews.
 
     Raises:
         InvalidVectorsError: features are not (n, d) floats.
@@ -155,7 +153,6 @@ class EmbeddingViews:
         *,
         neighbours: Neighbours = 0,
         neighbour_probability: float = 1.0,
-        neighbour_power: float = 1.0,
         dropout: float = 0.0,
         noise: float = 0.0,
         mixup: float = 0.0,
@@ -164,7 +161,7 @@ class EmbeddingViews:
             raise InvalidParameterError(f"need 0 <= dropout < 1, noise >= 0 and mixup >= 0, got {dropout}, {noise} and {mixup}")
         self._features = _matrix(features)
         self.n, self.d_in = self._features.shape
-        self._partners = _Partners(self._features, neighbours, neighbour_probability, neighbour_power)
+        self._partners = _Partners(self._features, neighbours, neighbour_probability)
         if self._partners.table is None and (mixup or not (dropout or noise)):
             raise InvalidParameterError(
                 "mixup needs neighbours" if mixup else "give neighbours, dropout or noise: else both views are equal"
@@ -219,7 +216,7 @@ class ImageViews:
             its weights of the moment.
         augmentation: as for `cache_views`.
         features: (n, d_out) float32, un-augmented features, if they are known already; else computed here.
-        neighbours, neighbour_probability, neighbour_power: as for CachedViews; neighbours are those at construction.
+        neighbours, neighbour_probability: as for CachedViews; neighbours are those at construction.
         batch_size, device, amp, threads: see FeatureExtractor; `threads` also augment.
 
     Raises:
@@ -236,7 +233,6 @@ class ImageViews:
         features: Features | None = None,
         neighbours: Neighbours = 0,
         neighbour_probability: float = 1.0,
-        neighbour_power: float = 1.0,
         batch_size: int | None = None,
         device: torch.device | str | None = None,
         amp: Amp = "auto",
@@ -253,7 +249,7 @@ class ImageViews:
         self._features = self._extract() if features is None else _matrix(features)
         if self._features.shape != (self.n, self.d_in):
             raise InvalidVectorsError(f"features must be {(self.n, self.d_in)}, got {self._features.shape}")
-        self._partners = _Partners(self._features, neighbours, neighbour_probability, neighbour_power)
+        self._partners = _Partners(self._features, neighbours, neighbour_probability)
         self._extractor = None if backbone.trainable else FeatureExtractor(backbone, **self._options)
 
     def features(self) -> Features:

@@ -89,7 +89,10 @@ def test_what_the_contrastive_loss_compares_and_how(model, contrast, asymmetric)
     points = [[naive.exp0(naive.clip(part, 0.9), t) for part, t in zip(row, THETA, strict=True)] for row in parts]
     measure = naive.distance if contrast == "geodesic" else naive.squared_lorentzian
     anchors = points if asymmetric else quantized
-    distances = [[sum(measure(p, q, t) for p, q, t in zip(a, b, THETA, strict=True)) for b in quantized] for a in anchors]
+    share = 1 if contrast == "geodesic" else M
+    distances = [
+        [sum(measure(p, q, t) for p, q, t in zip(a, b, THETA, strict=True)) / share for b in quantized] for a in anchors
+    ]
     assert float(comp["contrastive"]) == pytest.approx(naive.contrastive(distances, 0.4), rel=1e-9)
     partners = draw_partners(hierarchy.assignments, hierarchy.keys).tolist()
     assert float(comp["instance"]) == pytest.approx(naive.instance([row[:B] for row in distances[:B]], partners, 0.4), rel=1e-9)

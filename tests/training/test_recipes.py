@@ -7,14 +7,13 @@ import json
 import pytest
 
 from hyperfaiss.errors import InvalidParameterError
-from training.config import TrainConfig
 from training.recipes import RECIPES, recipe
 
 
 def test_default_recipe_takes_bits_and_changes():
-    assert recipe() == TrainConfig()
+    assert recipe() == recipe("default", bits=32)
     assert recipe(bits=64).M == 8
-    assert recipe(bits=24, nbits=6, lr=0.5) == TrainConfig(M=4, nbits=6, lr=0.5)
+    assert recipe(bits=24, nbits=6, lr=0.5) == recipe(M=4, nbits=6, lr=0.5)
 
 
 @pytest.mark.parametrize(
