@@ -47,7 +47,7 @@ def train(
     cached_views: Annotated[int, option("V", "Augmented views kept for each image; 0: made on the fly.", min=0)] = 10,
     cache: Annotated[Path | None, option("DIR", "Where to keep them (default: OUT/cache).")] = None,
     bits: Annotated[int | None, option("B", "Bits of a code (default: 32).", min=4)] = None,
-    recipe_name: Annotated[str, option("NAME", f"Hyper-parameters: {', '.join(RECIPES)}.", "--recipe")] = "default",
+    recipe_name: Annotated[str, option("NAME|FILE", f"Hyper-parameters: {', '.join(RECIPES)}.", "--recipe")] = "default",
     changes: Annotated[list[str] | None, option("NAME=VALUE", "Change one of them; repeatable.", "--set")] = None,
     seed: Annotated[int | None, option("N", "Seed of every random choice (default: 0).", min=0)] = None,
     device: Annotated[str, option("NAME", "cpu or cuda.")] = "cpu",
@@ -57,10 +57,10 @@ def train(
     hihpq train --embeddings x.npy --bits 32 --out runs/x
     hihpq train --data path/to/images --image-size 160 --bits 64 --out runs/y
 
-    Learn codebooks; labels, if there are any, only choose the epoch that is kept. Give --embeddings or --data.
+    Learn codebooks, without labels; with --set val_fraction=0.1 they choose the epoch. Give --embeddings or --data.
     """
     only_one(embeddings=embeddings, data=data)
-    if recipe_name not in RECIPES:
+    if recipe_name not in RECIPES and Path(recipe_name).suffix not in {".toml", ".json"}:
         raise typer.BadParameter(f"no recipe {recipe_name!r}; there are {', '.join(RECIPES)}", param_hint="--recipe")
     if labels is not None and data is not None:
         raise typer.BadParameter("--labels goes with --embeddings; folders of images have their own")

@@ -75,7 +75,7 @@ def test_resume_takes_the_checkpoints_configuration(files):
         (["train", "--embeddings", "x.npy"], 2, "--out"),
         (["train", "--embeddings", "x.npy", "--data", "digits", "--out", "run"], 2, "--embeddings or --data"),
         (["train", "--embeddings", "x.npy", "--out", "run", "--set", "lr"], 2, "NAME=VALUE"),
-        (["train", "--embeddings", "x.npy", "--out", "run", "--recipe", "papr"], 2, "there are default, paper"),
+        (["train", "--embeddings", "x.npy", "--out", "run", "--recipe", "papr"], 2, "there are default, embeddings, paper"),
         (["train", "--embeddings", "none.npy", "--out", "run"], 1, "error: no file at none.npy"),
         (["train", "--embeddings", "x.npy", "--out", "run", "--set", "lrr=1"], 1, "unknown fields ['lrr']"),
         (["train", "--embeddings", "x.npy", "--out", "run", "--bits", "12"], 1, "multiple of nbits = 8, got 12"),
@@ -126,7 +126,7 @@ def test_images_the_whole_way(tmp_path):
         "--bits",
         8,
     )
-    result = hihpq(*args, *SMALL, "--set", "epochs=1")
+    result = hihpq(*args, *SMALL, "--set", "epochs=1", "--set", "val_fraction=0.1")
     assert result.exit_code == 0, result.output
     checkpoint = Checkpoint.load(out)
     assert (checkpoint.d_in, checkpoint.backbone) == (64, "pixels")
