@@ -46,7 +46,7 @@ def plot_curves(history: Sequence[dict[str, Any]], path: str | os.PathLike[str],
         if name in names[:2] or any(values):
             losses.plot(epochs, values, color=colour, label=name, marker=marker, ms=3, lw=1.6)
     losses.set_title("Training losses")
-    losses.legend(frameon=False)
+    losses.legend(framealpha=0.8, edgecolor="none")
 
     if curved:
         _plot_curvatures(panels[-1], history, epochs, marker)
