@@ -119,6 +119,7 @@ def evaluate(
     at: Annotated[list[int] | None, option("K", "P@K, recall@K; repeatable (default: 1, 10, 100).", "-k", min=1)] = None,
     recall_queries: Annotated[int, option("Q", "Queries to measure recall with; 0: none.", min=0)] = 1000,
     depth: Annotated[int | None, option("R", "Ranks of the curve; 0: all (default: N, or plotted 10000).", min=0)] = None,
+    refit: Annotated[bool, typer.Option("--refit", help="Fit the codebooks to the database first.")] = False,
     plots: Annotated[Path | None, option("DIR", "Write the precision-recall curve here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -151,6 +152,7 @@ def evaluate(
         figures = evaluate_model(
             loaded, x, xq, y, yq, n,
             quantisation=True,
+            refit=refit,
             at=at or (1, 10, 100),
             depth=len(x) if depth == 0 else depth or (max(n, 10_000) if plots else n),
             recall_queries=recall_queries,

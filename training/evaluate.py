@@ -222,14 +222,17 @@ def evaluate_model(
     N: int,
     *,
     quantisation: bool = False,
+    refit: bool = False,
     **options: Any,
 ) -> Evaluation:
     """:func:`evaluate_index` of a new index of the model over ``database``; both matrices hold raw backbone features.
 
     ``quantisation`` asks for recall@k against the unquantised order, and for codeword usage and errors. ``options`` are those
-    of ``evaluate_index``.
+    of ``evaluate_index``. ``refit`` first fits the codebooks to the database, as ``faiss.IndexPQ`` is trained on it.
     """
     index = HyperbolicPQIndex.from_model(model)
+    if refit:
+        index.train(database)
     index.add(database)
     vectors = database if quantisation else None
     return evaluate_index(index, queries, query_labels, database_labels, N, vectors=vectors, **options)

@@ -199,6 +199,10 @@ def test_models_map_raw_features_and_files_are_mapped(tmp_path: Path) -> None:
     assert comp.recall
     assert len(comp.subspaces) == M
     assert evaluate_model(model, x, xq, y, yq, 20, repeats=1).subspaces == ()
+    refit = evaluate_model(model, x, xq, y, yq, 20, quantisation=True, refit=True, repeats=1)
+    assert all(
+        after.squared_error < before.squared_error for after, before in zip(refit.subspaces, comp.subspaces, strict=True)
+    )
     assert json.loads(json.dumps(comp.to_dict()))["precision"]["10"] == comp.precision[10]
 
 
