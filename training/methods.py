@@ -46,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "instance-euclidean": _INSTANCE | _COSINE,
     "prototype-hyperbolic": _PROTOTYPE,
     "prototype-euclidean": _PROTOTYPE | _COSINE,
-    "spq": {"method": "spq", "tau": 0.2, "tau_qc": 0.3, "lr_codebook": 0.1, "epochs": 20, "refit": False},
+    "spq": {"method": "spq", "tau": 0.5, "tau_qc": 0.3, "lr_codebook": 0.1, "epochs": 20, "refit": False},
     "mecoq": {"method": "mecoq", "tau": 0.1, "tau_qc": 0.25, "lr_codebook": 0.1, "epochs": 20, "refit": False},
     "cibhash": {"method": "cibhash", "tau_qc": 0.3, "lr": 0.3, "epochs": 20, "refit": False},
     "bihalf": {"method": "bihalf", "lr": 0.03, "epochs": 20, "refit": False},
