@@ -241,7 +241,7 @@ def test_two_commands_leave_each_others_runs_alone(hihpq, tmp_path, monkeypatch)
 
 
 def test_embeddings_only_and_labels_that_choose_the_epoch(hihpq, tmp_path, cache):
-    more = ("--embeddings-only", "--by-labels")
+    more = ("--embeddings-only", "--by-labels", "--set", "all:val_fraction=0.1")
     done = hihpq("table", *more, methods="hihpq", bits="8", train_per_class=20, cache=tmp_path / "cache")
     assert done.exit_code == 0, done.output
     assert not list((tmp_path / "cache").glob("*views*"))
@@ -265,6 +265,7 @@ def test_embeddings_only_and_labels_that_choose_the_epoch(hihpq, tmp_path, cache
         (["table"], {"methods": "hihpq", "changes": ["mecoq:lr=1"]}, 1, "changes for mecoq, which the table does not have"),
         (["table"], {"methods": "hihpq", "recipe": "papr"}, 1, "no recipe 'papr'"),
         (["table"], {"methods": "hihpq", "recipe": "paper", "bits": "24"}, 1, "is for 16, 32, 64 bits"),
+        (["table", "--by-labels"], {"methods": "hihpq"}, 1, "val_fraction must be positive to hold images out, got 0.0"),
         (["table"], {"methods": "pq", "protocol": "cifar10"}, 1, "no protocol 'cifar10'"),
         (["table"], {"methods": "pq", "data": "no/such"}, 1, "no folder at no/such"),
         (["sweep", "codebook"], {}, 2, "no sweep 'codebook'; there are codebooks"),
@@ -307,7 +308,7 @@ def test_methods_keep_what_defines_them():
     assert isinstance(found["hihpq"], TrainConfig)
     assert (found["hihpq"].lambda1, found["hihpq"].lr, found["hihpq"].M, found["hihpq"].seed) == (2.0, 0.5, 2, 3)
     assert (found["vanilla-hyperbolic"].lambda1, found["vanilla-hyperbolic"].lambda2) == (0.0, 9.0)
-    assert (found["mecoq"].method, found["mecoq"].lr) == ("mecoq", 0.25)
+    assert (found["mecoq"].method, found["mecoq"].lr, found["mecoq"].tau) == ("mecoq", 0.25, 0.1)
     assert {found[m].epochs for m in ("hihpq", "vanilla-hyperbolic", "mecoq")} == {7}
 
 

@@ -34,7 +34,7 @@ EmbeddingsOnly = Annotated[bool, typer.Option("--embeddings-only", help="Learn f
 Cache = Annotated[Path | None, option("DIR", "Where vectors and views are kept (default: OUT/cache).")]
 Recipe = Annotated[str, option("NAME|FILE", "Hyper-parameters: default, paper-cifar10-ii, ...", "--recipe")]
 Seeds = Annotated[str, option("N,...", "A run for each; the split is the same for all.")]
-ByLabels = Annotated[bool, typer.Option("--by-labels", help="Labels of held-out training images choose the epoch.")]
+ByLabels = Annotated[bool, typer.Option("--by-labels", help="Held-out images' labels choose the epoch (needs val_fraction).")]
 Jobs = Annotated[int, option("J", "Runs at a time, each in a process of its own.", min=1)]
 Device = Annotated[str, option("NAME", "cpu or cuda.")]
 

@@ -102,8 +102,15 @@ class Experiment:
     def pending(self, runs: Sequence[Run]) -> list[Run]:
         """The runs that have no result yet.
 
-        Raises InvalidParameterError if a folder holds a run of another kind, naming what differs.
+        Raises InvalidParameterError if a folder holds a run of another kind, naming what differs, or if labels are to choose
+        the epoch of a run that holds nothing out.
         """
+        if self.setting.options.by_labels:
+            for run in runs:
+                if run.config is not None and run.config.val_fraction == 0:
+                    raise InvalidParameterError(
+                        f"labels can't choose an epoch of {run}: val_fraction must be positive to hold images out, got 0.0"
+                    )
         return [run for run in runs if _stored_result(self.out / run.folder, _identity(run, self.setting)) is None]
 
     def run(

@@ -16,7 +16,7 @@ from hyperfaiss.io import atomic_path
 from training.experiments.baselines import FAISS_METHODS
 from training.experiments.published import SOURCE, published_map
 from training.experiments.runs import Result, Run
-from training.methods import VARIANTS
+from training.methods import VARIANTS, tuned
 from training.recipes import recipe
 
 __all__ = ["GROUPS", "METHODS", "Changes", "cells", "expand", "markdown", "mean_and_spread", "table_runs", "terminal_table",
@@ -50,12 +50,12 @@ def expand(names: Iterable[str]) -> list[str]:
 
 
 def configuration(method: str, recipe_name: str, changes: Changes, **more: Any) -> Any:
-    """The configuration of a method: a recipe, changed for all, then as the method's definition says, then for it alone."""
-    variant = VARIANTS[method]
-    general = dict(changes.get("all", {}))
-    if "method" not in variant:
+    """The configuration of a method: a recipe, what suits the method, changes for all, its definition, changes for it alone."""
+    definition = VARIANTS[method]
+    general = tuned(method) | dict(changes.get("all", {}))
+    if "method" not in definition:
         general |= changes.get("", {})
-    return recipe(recipe_name, **(general | variant | dict(changes.get(method, {})) | more))
+    return recipe(recipe_name, **(general | definition | dict(changes.get(method, {})) | more))
 
 
 def table_runs(
