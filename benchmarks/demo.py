@@ -29,11 +29,12 @@ from hyperfaiss import HyperbolicPQIndex, HyperfaissError, Model
 from training.backbones import load_backbone
 from training.cache import cache_features, cache_views
 from training.config import TrainConfig
-from training.data import ImageSet, Labels, Split, load_images, split_protocol
+from training.data import ImageSet, load_images
 from training.evaluate import Evaluation, evaluate_index
 from training.experiments.baselines import faiss_index, normalized
 from training.export import export
 from training.recipes import recipe
+from training.split import Labels, Split, split_protocol
 from training.train import train
 from training.views import ViewSource, source_of
 

@@ -163,7 +163,7 @@ def encode(
     split: Annotated[str, option("PART", "Part of the images: train, test or all.")] = "all",
     backbone: Annotated[str | None, option("NAME", "What makes vectors of images (default: the model's).")] = None,
     weights: Annotated[str | None, option("FILE", "Its weights.")] = None,
-    image_size: Annotated[int | None, option("S", "Side of the images that it sees.", min=1)] = None,
+    image_size: Annotated[int | None, option("S", "Side of the images that it sees (default: the model's).", min=1)] = None,
     device: Annotated[str, option("NAME", "cpu or cuda.")] = "cpu",
     form: Annotated[_Matrix, option(None, "Of the parts.", "--format")] = _Matrix.parquet,
     part_rows: PartRows = None,

@@ -33,6 +33,7 @@ def test_blocks_run_in_order(tmp_path: Path) -> None:
         "images.safetensors",
         "runs/embeddings/curves.png",
         "runs/images/log.csv",
+        "codes/part-00000.parquet",
     ):
         assert (tmp_path / name).stat().st_size > 0, name
 

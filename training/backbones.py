@@ -13,7 +13,7 @@ import os
 import pickle
 import urllib.error
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +29,6 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hyperfaiss.errors import CorruptFileError, InvalidParameterError, InvalidVectorsError
-from hyperfaiss.model import Model
 from training.data import ImageSet
 from training.terminal import progress_bar
 
@@ -145,10 +144,18 @@ def load_backbone(
     return Backbone(name, d_out, size, mean, std, module, trainable is not False)
 
 
-def backbone_of(model: Model, *, weights: str | os.PathLike[str] | None = None, image_size: int | None = None) -> Backbone:
+def backbone_of(
+    name: str | None,
+    facts: Mapping[str, Any] | None = None,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
+) -> Backbone:
     """The frozen backbone whose features an exported model takes.
 
     Args:
+        name: the backbone that the model names (``Model.backbone``).
+        facts: what its card says of the features (``Model.metadata["features"]``, of ``Backbone.facts``).
         weights: as for `load_backbone`; needed if the model was trained with such a file.
         image_size: by default what the model was trained with.
 
@@ -156,17 +163,17 @@ def backbone_of(model: Model, *, weights: str | os.PathLike[str] | None = None, 
         InvalidParameterError: a model of embeddings, or of a backbone that was trained along, whose weights a model file
             does not hold; weights or an image size other than the model's; what load_backbone raises.
     """
-    if model.backbone is None:
+    if name is None:
         raise InvalidParameterError("the model takes embeddings, no backbone's features of images")
-    facts = model.metadata.get("features") or {}
+    facts = facts or {}
     if facts.get("trained"):
         raise InvalidParameterError(
-            f"{model.backbone} was trained along with the model, whose file does not hold its weights: give its vectors"
+            f"{name} was trained along with the model, whose file does not hold its weights: give its vectors"
         )
-    backbone = load_backbone(model.backbone, weights=weights, image_size=image_size or facts.get("image_size"))
+    backbone = load_backbone(name, weights=weights, image_size=image_size or facts.get("image_size"))
     if facts and backbone.fingerprint() != facts.get("fingerprint"):
         raise InvalidParameterError(
-            f"the model was trained on features of {model.backbone} with other weights or at another size than "
+            f"the model was trained on features of {name} with other weights or at another size than "
             f"{backbone.image_size} (its own: {facts.get('image_size')})"
         )
     return backbone

@@ -191,12 +191,13 @@ def _labelled_images(
 
     from training.backbones import backbone_of, extract_features
     from training.cache import cache_features
-    from training.data import load_images, split_protocol
+    from training.data import load_images
+    from training.split import split_protocol
 
     images = load_images(data, split=split)
     y = _by_name(images, data)
     asked = None if query_split is None else load_images(data, split=query_split)
-    backbone = backbone_of(model, weights=weights, image_size=image_size)
+    backbone = backbone_of(model.backbone, model.metadata.get("features"), weights=weights, image_size=image_size)
 
     def features(of: Any) -> Any:
         if cache is None:

@@ -23,24 +23,20 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hyperfaiss.errors import CorruptFileError, InvalidParameterError, InvalidVectorsError
-from training.split import Labels, Split, checked_labels, split_protocol
+from training.split import Labels, checked_labels
 
 __all__ = [
     "FASHION_MNIST_CLASSES",
     "FASHION_MNIST_DEBIAN",
     "IMAGE_EXTENSIONS",
     "ImageSet",
-    "Labels",
-    "Split",
     "SplitName",
-    "checked_labels",
     "default_root",
     "digest",
     "from_arrays",
     "load_images",
     "read_idx",
     "read_image",
-    "split_protocol",
 ]
 
 SplitName = Literal["train", "test", "all"]

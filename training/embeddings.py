@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hyperfaiss.errors import CorruptFileError, InvalidParameterError, InvalidVectorsError
-from training.data import Labels, checked_labels
+from training.split import Labels, checked_labels
 
 
 @dataclass(frozen=True)

@@ -156,14 +156,23 @@ class Quantizer(nn.Module):
                 yield "backbone" if name.startswith("backbone.") else special.get(name, "head"), parameter
 
     @torch.no_grad()
-    def fit_inputs(self, features: npt.NDArray[np.float32], seed: int = 0) -> None:  # noqa: ARG002 (for subclasses)
-        """What the data decides before the first step: here, the mean of the features.
+    def fit_inputs(self, features: npt.NDArray[np.float32], seed: int = 0) -> None:
+        """What the data decides before the first step: the mean of the features, and codewords that start from data.
 
-        ``features`` (n, d_in) are un-augmented training features; ``seed`` is of whatever is drawn.
+        ``features`` (n, d_in) are un-augmented training features; ``seed`` is of whatever is drawn. With
+        ``codebook_init = "data"`` codewords are the projected vectors of ksub items, drawn anew for each subspace (with
+        replacement if n < ksub).
         """
         if features.ndim != 2 or features.shape[1] != self.d_in or not len(features):
             raise InvalidVectorsError(f"features must have shape (n, {self.d_in}), got {features.shape}")
         self.preprocessing.fit(features)
+        codewords = getattr(self, "codewords", None)
+        if isinstance(codewords, Tensor) and self.config.codebook_init == "data":
+            rng, n, k = np.random.default_rng(seed), len(features), self.config.ksub
+            for m, book in enumerate(codewords):
+                rows = np.sort(rng.choice(n, k, replace=n < k))
+                parts = torch.from_numpy(self.encode(features[rows])).view(k, self.config.M, -1)
+                book.copy_(parts[:, m])
 
     # ------------------------------------------------------------------------------------------ the map
 
@@ -246,22 +255,6 @@ class HiHPQ(Quantizer):
         c = self.config
         flat = nn.init.xavier_uniform_(torch.empty(c.ksub, c.d))
         return F.normalize(flat.view(c.ksub, c.M, c.dsub), dim=-1).transpose(0, 1).contiguous()
-
-    @torch.no_grad()
-    def fit_inputs(self, features: npt.NDArray[np.float32], seed: int = 0) -> None:
-        """The mean of the features, and codewords if they start from data.
-
-        With ``codebook_init = "data"`` codewords are the projected vectors of ksub items, drawn anew for each subspace
-        (with replacement if n < ksub).
-        """
-        super().fit_inputs(features, seed)
-        if self.config.codebook_init == "data":
-            rng = np.random.default_rng(seed)
-            n, k = len(features), self.config.ksub
-            for m in range(self.config.M):
-                rows = np.sort(rng.choice(n, k, replace=n < k))
-                tangents = torch.from_numpy(self.encode(features[rows])).view(k, self.config.M, -1)
-                self.codewords[m] = tangents[:, m].to(self.codewords.device)
 
     # ------------------------------------------------------------------------------------------ the map
 

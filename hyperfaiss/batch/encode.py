@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -37,9 +38,9 @@ class Images:
 
     data : a folder of images or of class folders, or the name of a data set (``training.data.load_images``).
     split : "train", "test" or "all".
-    backbone : its name; by default the one that the model names.
+    backbone : its name; by default the one that the model names. Another than the model's is refused.
     weights : a file of its weights.
-    image_size : side of the images that it sees.
+    image_size : side of the images that it sees; by default what the model was trained with.
     device : of torch.
     """
 
@@ -56,9 +57,10 @@ class _ImageSource:
 
     string_ids = False
 
-    def __init__(self, images: Images) -> None:
+    def __init__(self, images: Images, facts: Mapping[str, Any]) -> None:
+        self._asked = images, json.dumps(facts)
         self._images = images
-        collection, backbone = _load(images)
+        collection, backbone = _load(*self._asked)
         self.n, self.d, self._fingerprint = collection.n, backbone.d_out, collection.fingerprint
         self._backbone = backbone.fingerprint()
 
@@ -73,13 +75,13 @@ class _ImageSource:
 
     def labels(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
         """The class of each image, if they have any."""
-        labels = _load(self._images)[0].labels
+        labels = _load(*self._asked)[0].labels
         return None if labels is None else labels[rows]
 
     def read(self, ranges: Iterator[tuple[int, int]]) -> Iterator[Batch]:
         """Features of ranges of images."""
-        collection, backbone = _load(self._images)
-        extractor = _extractor(self._images)
+        collection, backbone = _load(*self._asked)
+        extractor = _extractor(*self._asked)
         for first, stop in ranges:
             blocks = extractor.blocks(lambda i: backbone.prepare(collection.image(i)), stop, start=first)
             rows = np.arange(first, stop)
@@ -91,22 +93,22 @@ class _ImageSource:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(images: Images) -> tuple[Any, Any]:
-    """The collection and the backbone; once in a process."""
+def _load(images: Images, facts: str) -> tuple[Any, Any]:
+    """The collection, and the backbone that the model's ``facts`` (JSON) allow; once in a process."""
     try:
-        from training.backbones import load_backbone
+        from training.backbones import backbone_of
         from training.data import load_images
     except ImportError as error:
         raise InvalidParameterError(f"images need more packages: pip install 'hyperfaiss[train]' ({error})") from error
     collection = load_images(images.data, split=images.split)  # type: ignore[arg-type]
-    return collection, load_backbone(str(images.backbone), weights=images.weights, image_size=images.image_size)
+    return collection, backbone_of(images.backbone, json.loads(facts), weights=images.weights, image_size=images.image_size)
 
 
 @functools.lru_cache(maxsize=1)
-def _extractor(images: Images) -> Any:
+def _extractor(images: Images, facts: str) -> Any:
     from training.backbones import FeatureExtractor
 
-    return FeatureExtractor(_load(images)[1], device=images.device)
+    return FeatureExtractor(_load(images, facts)[1], device=images.device)
 
 
 @dataclass(frozen=True)
@@ -244,10 +246,12 @@ def _open(vectors: Source | Images | Paths, codec: str | None, content: Content)
         if content == "embeddings":
             raise InvalidParameterError("the inputs are embeddings already: content 'embeddings' is for images")
         return as_source(vectors)
-    backbone = vectors.backbone
-    if backbone is None and codec is not None:
-        header = file_header(codec)
-        backbone = header.fields.get("backbone") if header.kind == "model" else None
-    if backbone is None:
+    named: str | None = None
+    facts: dict[str, Any] = {}
+    if codec is not None and (header := file_header(codec)).kind == "model":
+        named, facts = header.fields.get("backbone"), header.fields.get("metadata", {}).get("features") or {}
+    if vectors.backbone is None and named is None:
         raise InvalidParameterError(f"{codec or 'without a model, nothing'} names no backbone: give one")
-    return _ImageSource(Images(**(vars(vectors) | {"backbone": backbone})))
+    if None not in (vectors.backbone, named) and vectors.backbone != named:
+        raise InvalidParameterError(f"{codec} takes features of {named}, not of {vectors.backbone}")
+    return _ImageSource(replace(vectors, backbone=vectors.backbone or named), facts)

@@ -66,10 +66,10 @@ def test_images_go_through_the_models_backbone(tmp_path, parquet):
     quantizer = HyperbolicProductQuantizer(8, 4, 4)
     projector = Projector([(rng.normal(size=(8, 64)) / 100, np.zeros(8))])
     quantizer.train(projector.transform(features))
-    model = Model(projector, quantizer, backbone="pixels")
-    model.save(tmp_path / "m.safetensors")
-    images = Images("digits", image_size=8)
-    encode(images, str(tmp_path / "e"), codec=str(tmp_path / "m.safetensors"), part_rows=1024)
+    path, facts = tmp_path / "m.safetensors", backbone.facts()
+    model = Model(projector, quantizer, backbone="pixels", metadata={"features": facts})
+    model.save(path)
+    encode(Images("digits"), str(tmp_path / "e"), codec=str(path), part_rows=1024)
     table, codes = rows(tmp_path / "e", "code")
     np.testing.assert_array_equal(codes, HyperbolicPQIndex.from_model(model).sa_encode(features))
     np.testing.assert_array_equal(table["label"].to_numpy(), load_digits().target)
@@ -78,7 +78,14 @@ def test_images_go_through_the_models_backbone(tmp_path, parquet):
 
 
 def test_what_does_not_fit_is_refused(tmp_path, xb, codec, saved, parquet):
+    from training.backbones import load_backbone
+
     x = str(saved(tmp_path / "x.npy", xb))
+    of_pixels = {"codec": str(tmp_path / "m.safetensors")}
+    facts = load_backbone("pixels", image_size=8).facts()
+    projector = Projector([(np.zeros((5, 64)), np.zeros(5))])
+    codec4 = HyperbolicProductQuantizer.from_codebooks(np.zeros((1, 16, 5)), [0.0])
+    Model(projector, codec4, backbone="pixels", metadata={"features": facts}).save(of_pixels["codec"])
     strings = open_source(parquet(tmp_path / "s", xb, key=pa.array([str(i) for i in range(len(xb))])), id_column="key")
     for source, options, error, message in (
         (x, {}, InvalidParameterError, "codes need a codec"),
@@ -93,6 +100,8 @@ def test_what_does_not_fit_is_refused(tmp_path, xb, codec, saved, parquet):
             "have 3 dimensions, .* takes 12",
         ),
         (Images("digits"), {"codec": str(codec)}, InvalidParameterError, "names no backbone"),
+        (Images("digits", backbone="vgg16"), of_pixels, InvalidParameterError, "takes features of pixels, not of vgg16"),
+        (Images("digits", image_size=9), of_pixels, InvalidParameterError, r"at another size than 9 \(its own: 8\)"),
     ):
         with pytest.raises(error, match=message):
             encode(source, str(tmp_path / "e"), **options)

@@ -84,9 +84,9 @@ def test_what_makes_the_features_is_known(tmp_path):
     train(source, CONFIG.replace(epochs=1), tmp_path, backbone=backbone, progress=False)
     model = export(tmp_path)
     assert (model.backbone, model.metadata["features"]) == ("pixels", backbone.facts())
-    assert backbone_of(model).image_size == 3
+    assert backbone_of(model.backbone, model.metadata["features"]).image_size == 3
     with pytest.raises(InvalidParameterError, match=r"another size than 4 \(its own: 3\)"):
-        backbone_of(model, image_size=4)
+        backbone_of(model.backbone, model.metadata["features"], image_size=4)
     (tmp_path / "best.pt").unlink()
     train(source, resume=True, out=tmp_path, progress=False)
     assert export(tmp_path).metadata["features"] == backbone.facts()

@@ -11,10 +11,11 @@ import pytest
 from hyperfaiss import HyperbolicPQIndex
 from training.backbones import load_backbone
 from training.cache import cache_features
-from training.data import load_images, split_protocol
+from training.data import load_images
 from training.evaluate import evaluate_index
 from training.export import export
 from training.recipes import recipe
+from training.split import split_protocol
 from training.train import train
 from training.views import EmbeddingViews
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -32,16 +31,6 @@ class CodebookQuantizer(Quantizer):
         super().__init__(d_in, config, backbone)
         # Unit vectors, as HiHPQ's codewords start.
         self.codewords = nn.Parameter(F.normalize(torch.empty(config.M, config.ksub, config.dsub).uniform_(-1, 1), dim=-1))
-
-    @torch.no_grad()
-    def fit_inputs(self, features: npt.NDArray[np.float32], seed: int = 0) -> None:
-        """The mean of the features and, with ``codebook_init = "data"``, codewords: the subvectors of random items."""
-        super().fit_inputs(features, seed)
-        if self.config.codebook_init == "data":
-            rng, n = np.random.default_rng(seed), len(features)
-            for m, book in enumerate(self.codewords):
-                rows = rng.choice(n, len(book), replace=n < len(book))
-                book.copy_(self.parts(torch.from_numpy(self.encode(features[rows])))[:, m])
 
     def parts(self, vectors: Tensor) -> Tensor:
         """Vectors (n, d) as subvectors (n, M, dsub)."""
