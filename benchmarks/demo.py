@@ -153,14 +153,14 @@ def fitted(config: TrainConfig, n: int, epochs: int | None) -> TrainConfig:
     return config.replace(epochs=epochs, warmup=min(config.warmup, epochs // 3), lr_warmup=min(config.lr_warmup, epochs / 8))
 
 
-def views_of(job: Job, backbone: Any, cache: Path, count: int | None, neighbours: int, seed: int) -> ViewSource:
+def views_of(job: Job, backbone: Any, cache: Path, count: int | None, config: TrainConfig) -> ViewSource:
     """What HiHPQ learns from: augmented views of the training images, or vectors and their neighbours."""
-    features, config = job.features[job.split.train], recipe(neighbours=neighbours)
+    features = job.features[job.split.train]
     if count is None:
         count = 0 if backbone.name == "pixels" and len(features) >= MANY_IMAGES else 10
     if not count:
         return source_of(config, features)
-    views = cache_views(job.images.subset(job.split.train), backbone, cache, views=count, seed=seed)
+    views = cache_views(job.images.subset(job.split.train), backbone, cache, views=count, seed=config.seed)
     return source_of(config, features, views)
 
 
@@ -176,7 +176,9 @@ def main(
         int | None,
         typer.Option(help="augmented views of each training image; 0: neighbours alone [default: 10, of many pixels 0]"),
     ] = None,
-    neighbours: Annotated[int, typer.Option(help="the second view shows one of so many nearest neighbours")] = 10,
+    recipe_name: Annotated[
+        str, typer.Option("--recipe", help="hyper-parameters: default, or large for whole databases, or a file")
+    ] = "default",
     queries_per_class: Annotated[int | None, typer.Option(help="default: a sixth of the smallest class, at most 100")] = None,
     train_per_class: Annotated[
         int | None, typer.Option(help="default: all but the queries; through a network at most 500")
@@ -193,7 +195,7 @@ def main(
     sizes = bits or [16, 32, 64]
     try:
         job, extractor = prepare(data, backbone, image_size, queries_per_class, train_per_class, n, out / "cache")
-        source = views_of(job, extractor, out / "cache", cached_views, neighbours, seed)
+        source = views_of(job, extractor, out / "cache", cached_views, recipe(recipe_name, seed=seed))
         console.print(
             f"{job.images.name}: {len(job.split.train):,} training images, {len(job.split.database):,} in the database, "
             f"{len(job.split.query):,} queries; features: {extractor.name}, {extractor.d_out} dimensions"
@@ -201,7 +203,7 @@ def main(
         results = baselines(job, sizes)
         for b in sizes:
             run = out / f"{b}bits"
-            config = fitted(recipe(bits=b, seed=seed), source.n, epochs)
+            config = fitted(recipe(recipe_name, bits=b, seed=seed), source.n, epochs)
             train(source, config, run, backbone=extractor, resume=True)
             export(run, run / "model.safetensors")
             index = HyperbolicPQIndex.from_model(Model.load(run / "model.safetensors"))
