@@ -187,6 +187,9 @@ def main(
     epochs: Annotated[
         int | None, typer.Option(help="of training [default: the recipe's; more for few images, fewer for many]")
     ] = None,
+    teachers: Annotated[
+        int, typer.Option(help="models of 64 bits that each size learns from, trained first; the default recipe itself has 3", min=0)
+    ] = 0,
     seed: int = 0,
 ) -> None:
     """Train HiHPQ on images, build an index, and compare it with faiss at the same bits."""
@@ -203,8 +206,8 @@ def main(
         results = baselines(job, sizes)
         for b in sizes:
             run = out / f"{b}bits"
-            config = fitted(recipe(recipe_name, bits=b, seed=seed), source.n, epochs)
-            train(source, config, run, backbone=extractor, resume=True)
+            config = fitted(recipe(recipe_name, bits=b, seed=seed, teachers=teachers), source.n, epochs)
+            train(source, config, run, backbone=extractor, teachers=out / "teachers", resume=True)
             export(run, run / "model.safetensors")
             index = HyperbolicPQIndex.from_model(Model.load(run / "model.safetensors"))
             index.add(job.features[job.split.database])

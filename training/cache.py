@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from hyperfaiss.errors import InvalidParameterError, InvalidVectorsError
 from training.augment import Augmentation, augment, resolve_augmentation
 from training.backbones import Amp, Backbone, FeatureExtractor, Features, Pixels, autocast_dtype, best_device
 from training.data import ImageSet
+from training.locks import locked
 from training.terminal import progress_bar
 
 FLUSH_SECONDS = 5.0  # the most work that a killed run loses
@@ -149,7 +148,7 @@ class _RowCache:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._rows_done() == self.rows:
             return
-        with _locked(self.path.with_suffix(".lock")):
+        with locked(self.path.with_suffix(".lock")):
             done = self._rows_done()
             if done == self.rows:
                 return
@@ -205,10 +204,3 @@ class _RowCache:
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(self.state_path)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as f:  # the system lets go of the lock when a process dies
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield

@@ -226,7 +226,7 @@ def _by_name(found: Any, where: Any) -> Any:
 
 
 def _config(out: Path, name: str, bits: int | None, seed: int | None, changes: list[str], *, resume: bool) -> TrainConfig:
-    """The configuration that the options spell; on resuming without any, the checkpoint's."""
+    """The configuration that the options spell; on resuming without any, the run's."""
     fields: dict[str, Any] = {}
     for change in changes:
         key, equals, value = change.partition("=")
@@ -235,12 +235,8 @@ def _config(out: Path, name: str, bits: int | None, seed: int | None, changes: l
         fields[key] = json_or_text(value)
     if seed is not None:
         fields["seed"] = seed
-    if resume and (out / "last.pt").exists():
-        from training.checkpoint import Checkpoint
-
-        stored = Checkpoint.load(out / "last.pt").config
-        if name == "default" and bits is None:
-            return stored.replace(**fields)
+    if resume and name == "default" and bits is None and (out / "config.json").exists():
+        name = str(out / "config.json")
     return recipe(name, bits=bits, **fields)
 
 

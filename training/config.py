@@ -74,6 +74,12 @@ class TrainConfig:
         subclusters: most k-means clusters that Ward's method starts from.
         warmup: epochs before the first clustering.
 
+    Distillation:
+        teachers: how many models are trained first by the losses above, each from a seed of its own; the distances that they
+            see between items then are what the model itself learns, see :mod:`training.distillation`. 0 for none.
+        teacher_bits: bits of a teacher's code, or the next multiple of nbits.
+        tau_teacher: temperature of the teachers' distances.
+
     Views (of embeddings; sources of images have their own):
         neighbours: the second view is one of this many nearest neighbours; 0 for the vector itself.
         neighbour_probability: how often it is one of them.
@@ -124,6 +130,10 @@ class TrainConfig:
     subclusters: int = 1000
     warmup: int = 3
 
+    teachers: int = 0
+    teacher_bits: int = 64
+    tau_teacher: float = 0.1
+
     neighbours: int = 10
     neighbour_probability: float = 1.0
     diffusion: int = 0
@@ -160,6 +170,8 @@ class TrainConfig:
             raise InvalidParameterError(f"no quirks {unknown}; there are {', '.join(QUIRKS)}")
         if self.refit and (self.method != "hihpq" or self.geometry == "cosine"):
             raise InvalidParameterError(f"refit is for HiHPQ on manifolds, got {self.method!r} in {self.geometry} geometry")
+        if self.teachers and self.method != "hihpq":
+            raise InvalidParameterError(f"teachers are for HiHPQ, got {self.teachers} of {self.method!r}")
         if self.levels[0] > self.subclusters:
             raise InvalidParameterError(f"levels {self.levels} can't be merged from subclusters = {self.subclusters}")
 
@@ -177,6 +189,10 @@ class TrainConfig:
     def bits(self) -> int:
         """Bits of a vector's code."""
         return self.M * self.nbits
+
+    def teacher(self, seed: int) -> TrainConfig:
+        """The configuration of a teacher; the same for all models that differ in M alone."""
+        return self.replace(M=-(-self.teacher_bits // self.nbits), teachers=0, seed=seed)
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with some fields changed; an unknown field is an InvalidParameterError."""
@@ -228,6 +244,9 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "subclusters": _at_least(2),
     "warmup": _at_least(0),
+    "teachers": _at_least(0),
+    "teacher_bits": _at_least(4),
+    "tau_teacher": _POSITIVE,
     "neighbours": _at_least(0),
     "neighbour_probability": _between(0, 1),
     "diffusion": _at_least(0),

@@ -18,6 +18,7 @@ from hyperfaiss import lorentz
 
 __all__ = [
     "batch_prototype_loss",
+    "distillation_loss",
     "draw_partners",
     "first_partners",
     "instance_loss",
@@ -105,6 +106,18 @@ def instance_loss(distances: Tensor, partners: Tensor, tau_qc: float, *, with_se
     logits = logits if with_self else _without_self(logits)
     losses = [F.cross_entropy(logits, p, ignore_index=-1, reduction="sum") / len(p) for p in partners]
     return torch.stack(losses).mean()
+
+
+def distillation_loss(distances: Tensor, teachers: Tensor, tau_qc: float, tau_teacher: float) -> Tensor:
+    """Similarity distillation: the mean over anchors of the cross-entropy between whom teachers and whom the model find near.
+
+    ``distances`` and ``teachers`` (n, n) are those between a batch's views, by the model and by its teachers; both become
+    distributions over the n - 1 others, ``softmax(-distances / tau_qc)`` and ``softmax(-teachers / tau_teacher)``.
+    """
+    logarithms = _without_self(-distances / tau_qc).log_softmax(-1)
+    wanted = _without_self(-teachers / tau_teacher).softmax(-1)
+    itself = torch.eye(len(distances), dtype=torch.bool, device=distances.device)
+    return -(wanted * logarithms.masked_fill(itself, 0)).sum(-1).mean()  # 0 · -inf is no 0
 
 
 def draw_partners(assignments: Tensor, keys: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from training.config import TrainConfig
+from training.distillation import Student, Teacher
 from training.model import HiHPQ, Quantizer
 
 __all__ = ["VARIANTS", "build", "tuned"]
@@ -26,8 +28,9 @@ _PROTOTYPE: dict[str, Any] = {"lambda1": 1.0, "lambda2": 0.0}
 # As the paper's ablation has them: its Euclidean variants quantise and compare as MeCoQ does.
 _COSINE: dict[str, Any] = {"geometry": "cosine", "asymmetric": False, "refit": False}
 
-# What each method of Tables 1 and 2 of the paper, and some more, is: changes of a recipe.
-VARIANTS: dict[str, dict[str, Any]] = {
+# What each method of Tables 1 and 2 of the paper, and some more, is: changes of a recipe. They are compared without teachers,
+# which would help any; "hihpq-distilled" has them.
+_ALONE: dict[str, dict[str, Any]] = {
     "hihpq": {},
     "hihpq-euclidean": {"geometry": "euclidean"},
     "hihpq-cosine": _COSINE,
@@ -42,6 +45,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cibhash": {"method": "cibhash", "refit": False},
     "bihalf": {"method": "bihalf", "refit": False},
 }
+
+VARIANTS: dict[str, dict[str, Any]] = {name: {"teachers": 0} | changes for name, changes in _ALONE.items()}
+VARIANTS["hihpq-distilled"] = {"teachers": 3}
 
 # What suits those that are not HiHPQ on manifolds, in place of the recipe's: the best of a few settings tried on CIFAR-10 with
 # the library's views (training/NOTES.md). Their papers' temperatures gave less.
@@ -60,8 +66,13 @@ def tuned(variant: str) -> dict[str, Any]:
     return dict(_TUNED.get(changes.get("method", changes.get("geometry", "")), {}))
 
 
-def build(d_in: int, config: TrainConfig, backbone: nn.Module | None = None) -> Quantizer:
-    """An untrained model of ``config.method``; see :class:`training.model.Quantizer` for the parameters."""
+def build(d_in: int, config: TrainConfig, backbone: nn.Module | None = None, teachers: Sequence[Teacher] = ()) -> Quantizer:
+    """An untrained model of ``config.method``; see :class:`training.model.Quantizer` for the parameters.
+
+    With ``teachers`` one that learns from them, which is needed to train it, not to load it.
+    """
+    if teachers:
+        return Student(d_in, config, backbone, teachers=teachers)
     if config.method == "hihpq":
         return HiHPQ(d_in, config, backbone)
     module, name = _BASELINES[config.method]

@@ -144,8 +144,13 @@ class Quantizer(nn.Module):
     def after_step(self) -> None:
         """Called after each step of the optimiser."""
 
-    def forward(self, view1: Tensor, view2: Tensor, hierarchy: BatchHierarchy | None = None) -> dict[str, Tensor]:
-        """Losses of a batch given as two views of each item, (B, d_in) features or images: ``loss_names`` to scalars."""
+    def forward(
+        self, view1: Tensor, view2: Tensor, hierarchy: BatchHierarchy | None = None, items: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Losses of a batch given as two views of each item, (B, d_in) features or images: ``loss_names`` to scalars.
+
+        ``items``, int64 (2B,), are the training items that the views show, those of view 1 first.
+        """
         raise NotImplementedError
 
     def groups(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -235,7 +240,7 @@ class HiHPQ(Quantizer):
         where ``raw_theta`` holds the curvatures.
     """
 
-    loss_names = ("total", "contrastive", "prototype", "instance")
+    loss_names: ClassVar[tuple[str, ...]] = ("total", "contrastive", "prototype", "instance")
 
     def __init__(self, d_in: int, config: TrainConfig, backbone: nn.Module | None = None) -> None:
         super().__init__(d_in, config, backbone)
@@ -309,16 +314,27 @@ class HiHPQ(Quantizer):
         weights = torch.softmax(-space.to_codewords(points, codebooks) / self.config.tau, dim=-1)
         return space.mean(codebooks, weights)
 
-    def forward(self, view1: Tensor, view2: Tensor, hierarchy: BatchHierarchy | None = None) -> dict[str, Tensor]:
+    def compare(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        """Views (n, d_in), or images, softly quantised, (n, M, dsub); and the distances (n, n) to these that the losses see:
+        from each other, or with ``config.asymmetric`` from the points that they were."""
+        points = self.points(self.tangents(views))
+        quantized = self.quantize(points)
+        return quantized, self.space.distances(points if self.config.asymmetric else quantized, quantized)
+
+    def forward(
+        self,
+        view1: Tensor,
+        view2: Tensor,
+        hierarchy: BatchHierarchy | None = None,
+        items: Tensor | None = None,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
         """Losses (Eq. 13-21); total = contrastive + λ1·prototype + λ2·instance.
 
         Without ``hierarchy`` (warm-up) the prototype and the instance loss are 0. They look at view 1 only: view 2 may
         show a neighbour, whose prototypes are its own.
         """
         c, space, b = self.config, self.space, len(view1)
-        points = self.points(self.tangents(torch.cat([view1, view2])))
-        quantized = self.quantize(points)
-        distances = space.distances(points if c.asymmetric else quantized, quantized)
+        quantized, distances = self.compare(torch.cat([view1, view2]))
         contrastive = quantized_contrastive_loss(distances, c.tau_qc)
         prototype = instance = torch.zeros_like(contrastive)
         if hierarchy is not None and c.lambda1:

@@ -11,6 +11,7 @@ renamed: a kill leaves the former file.
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import io
@@ -19,10 +20,11 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -37,15 +39,17 @@ from hyperfaiss.progress import progress_bar
 from training.backbones import Backbone
 from training.checkpoint import Checkpoint, load_state, state_of
 from training.config import TrainConfig
+from training.distillation import Teacher
 from training.evaluate import mean_average_precision
 from training.hierarchy import Hierarchy, build_hierarchy, fitting_sizes
+from training.locks import locked
 from training.methods import build
 from training.model import BatchHierarchy, HiHPQ, Quantizer
 from training.recipes import recipe
 from training.terminal import deferred_signals
 
 if TYPE_CHECKING:
-    from training.views import ViewSource
+    from training.views import Views, ViewSource
 
 __all__ = ["TrainResult", "TrainingInterrupted", "train"]
 
@@ -56,7 +60,7 @@ _MIN_VALIDATION = 16
 _ERROR_ITEMS = 5000
 
 # What a generator is for; with the seed, the epoch and the step it is the generator's seed.
-_SPLIT, _INIT, _ORDER, _STEP, _CLUSTER, _VALIDATE = range(6)
+_SPLIT, _INIT, _ORDER, _STEP, _CLUSTER, _VALIDATE, _TEACHER = range(7)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -91,6 +95,7 @@ def train(
     labels: npt.ArrayLike | None = None,
     backbone: str | Backbone | None = None,
     data: str | None = None,
+    teachers: str | os.PathLike[str] | None = None,
     resume: bool = False,
     device: str | torch.device = "cpu",
     progress: bool = True,
@@ -102,12 +107,16 @@ def train(
     held-out items. With ``labels``, (n,) classes or bool (n, L), it is the one with the highest MAP of the held-out items as
     queries among the others; labels serve nothing else. A source that shows neighbours may show held-out ones.
 
+    ``config.teachers`` models are trained first, each as a run of its own in a folder of ``teachers``.
+
     Args:
         source: the training items.
-        config: default ``recipe()``; on resuming, that of the checkpoint.
+        config: default ``recipe()``; on resuming, the run's.
         out: the run's folder; None writes nothing.
         backbone: what made the features, or its name, for the exported model.
         data: what to call the training items in the model card.
+        teachers: folder of teachers, which runs on the same data may share: a teacher that is there already is taken, whatever
+            ``resume`` says. Default ``out / "teachers"``.
         resume: go on from ``out/last.pt``, or start if there is none.
         device: where to compute.
         progress: show a bar on stderr, if that is a terminal.
@@ -118,12 +127,40 @@ def train(
         HyperfaissError: the loss became infinite or nan.
         TrainingInterrupted: by Ctrl-C or SIGTERM, after the state was saved; a second one stops at once.
     """
-    with torch.random.fork_rng(devices=_cuda_devices(device)):
-        run = _Run(source, config, out, labels, backbone, data, resume, torch.device(device))
-        with deferred_signals() as interrupted, _Display(run, shown=progress) as display:
-            while not run.done:
-                run.epoch(interrupted, display)
-        return run.finish()
+    folder = None if out is None else Path(out)
+    if folder is None and resume:
+        raise InvalidParameterError("resume needs out, the folder of the run to go on with")
+    school = Path(teachers) if teachers else folder and folder / "teachers"
+    settled, stored = _opened(folder, config, resume)
+
+    with torch.random.fork_rng(devices=_cuda_devices(device)), deferred_signals() as interrupted:
+
+        def one(
+            config: TrainConfig, folder: Path | None, stored: Checkpoint | None, teachers: Sequence[Teacher], title: str
+        ) -> TrainResult:
+            run = _Run(source, config, folder, stored, labels, backbone, data, torch.device(device), teachers)
+            with _Display(run, title, shown=progress) as display:
+                while not run.done:
+                    run.epoch(interrupted, display)
+            result = run.finish()
+            if interrupted():
+                run.interrupt("after the last epoch")
+            return result
+
+        taught_by = []
+        network = source.backbone
+        untrained = copy.deepcopy(network.state_dict()) if network and settled.teachers else {}
+        for i in range(settled.teachers):
+            title = f"teacher {i + 1} of {settled.teachers}, "
+            its = settled.teacher(int(_rng(settled.seed, _TEACHER, i).integers(2**31)))
+            with _teachers_folder(school, its) as own:
+                its, part = _opened(own, its, resume or teachers is not None)
+                model = one(its, own, part, (), title).model
+            assert isinstance(model, HiHPQ)
+            taught_by.append(Teacher.of(model, source.features()))
+            if network:  # there is but one, which each model trains from where it was
+                network.load_state_dict(untrained)
+        return one(settled, folder, stored, taught_by, "")
 
 
 class _Run:
@@ -132,20 +169,18 @@ class _Run:
     def __init__(
         self,
         source: ViewSource,
-        config: TrainConfig | None,
-        out: str | os.PathLike[str] | None,
+        config: TrainConfig,
+        out: Path | None,
+        stored: Checkpoint | None,
         labels: npt.ArrayLike | None,
         backbone: str | Backbone | None,
         data: str | None,
-        resume: bool,
         device: torch.device,
+        teachers: Sequence[Teacher],
     ) -> None:
-        self.source, self.device = source, device
+        self.source, self.config, self.out, self.device = source, config, out, device
         self.backbone = backbone.name if isinstance(backbone, Backbone) else backbone
         self.features = backbone.facts() if isinstance(backbone, Backbone) else None
-        self.out = None if out is None else Path(out)
-        stored = self._stored(config, resume)
-        self.config = config = stored.config if stored else config or recipe()
         self.data = _fingerprint(source)
         if stored and self.features is None:
             self.features = stored.features
@@ -158,7 +193,7 @@ class _Run:
         self.steps = len(self.train_rows) // self.batch_size
 
         torch.manual_seed(_torch_seed(config.seed, _INIT))
-        self.model = build(source.d_in, config, source.backbone)
+        self.model = build(source.d_in, config, source.backbone, teachers)
         if stored is None:
             self.model.fit_inputs(source.features(), config.seed)
         else:
@@ -172,30 +207,10 @@ class _Run:
             self.optimizer.load_state_dict(stored.optimizer or {})
             self.finished, self.step, self.sums = stored.epoch, stored.step, list(stored.sums or self.sums)
             self.history, self.hierarchy = stored.history, stored.hierarchy
-        if self.out:
-            with atomic_path(self.out / "config.json") as temporary:
-                temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         self._encoded: npt.NDArray[np.float32] | None = None
         self.best: Checkpoint | None = None
         if stored and self.out and (self.out / "best.pt").exists():
             self.best = Checkpoint.load(self.out / "best.pt")
-
-    def _stored(self, config: TrainConfig | None, resume: bool) -> Checkpoint | None:
-        if self.out is None:
-            if resume:
-                raise InvalidParameterError("resume needs out, the folder of the run to go on with")
-            return None
-        self.out.mkdir(parents=True, exist_ok=True)
-        if not (self.out / "last.pt").exists():
-            return None
-        if not resume:
-            raise InvalidParameterError(f"{self.out} holds a run already: resume it, or choose another folder")
-        stored = Checkpoint.load(self.out / "last.pt")
-        if config is not None and config != stored.config:
-            mine, theirs = config.to_dict(), stored.config.to_dict()
-            differing = ", ".join(f"{k} = {theirs[k]!r} (asked: {mine[k]!r})" for k in mine if mine[k] != theirs[k])
-            raise InvalidParameterError(f"{self.out} was trained with {differing}: resume without changes")
-        return stored
 
     # ------------------------------------------------------------------------------------------ one epoch
 
@@ -228,7 +243,7 @@ class _Run:
             self.step = step + 1
             display.advance(self.sums[0] / self.step)
             if interrupted():
-                self._interrupt()
+                self.interrupt(f"in epoch {epoch + 1}, step {self.step} of {self.steps}")
         means = {name: total / self.steps for name, total in zip(self.model.loss_names, self.sums, strict=True)}
         self.finished, self.step, self.sums = epoch + 1, 0, [0.0] * len(self.model.loss_names)
         self.history.append(
@@ -254,7 +269,6 @@ class _Run:
         config = self.config
         rng = _rng(config.seed, _STEP, epoch, step)
         torch.manual_seed(int(rng.integers(2**63)))  # of a backbone's own dropout
-        view1, view2 = (view.to(self.device) for view in self.source.views(batch, rng))
         hierarchy = None
         if self.hierarchy is not None:
             position = np.searchsorted(self.train_rows, batch)
@@ -265,7 +279,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             peak = group["peak"]
             group["lr"] = peak and min(peak, config.lr_min) + (peak - min(peak, config.lr_min)) * rate
-        losses: dict[str, Tensor] = self.model(view1, view2, hierarchy)
+        losses = self._losses(batch, self.source.views(batch, rng), hierarchy)
         values = torch.stack([losses[name].detach() for name in self.model.loss_names]).tolist()
         if not math.isfinite(values[0]):
             where = f"epoch {epoch + 1}, step {step + 1}"
@@ -277,6 +291,11 @@ class _Run:
         self.optimizer.step()
         self.model.after_step()
         return values
+
+    def _losses(self, batch: npt.NDArray[np.int64], views: Views, hierarchy: BatchHierarchy | None = None) -> dict[str, Tensor]:
+        items = self._tensor(np.concatenate([batch, views.partners]))
+        losses: dict[str, Tensor] = self.model(views.view1.to(self.device), views.view2.to(self.device), hierarchy, items)
+        return losses
 
     def _cluster(self, epoch: int) -> Hierarchy:
         """The hierarchy of the training items by the model as it stands."""
@@ -329,8 +348,8 @@ class _Run:
         rng = _rng(self.config.seed, _VALIDATE)  # the same views each time
         with torch.no_grad():
             for rows in np.array_split(self.val_rows, max(1, len(self.val_rows) // self.batch_size)):
-                view1, view2 = (view.to(self.device) for view in self.source.views(rows, rng))
-                losses.append(float(self.model(view1, view2)["total"]) * len(rows))  # without clusters: the contrastive loss
+                loss = self._losses(rows, self.source.views(rows, rng))["total"]  # without clusters: the contrastive loss
+                losses.append(float(loss) * len(rows))
         val_map = None
         if self.labels is not None:
             vectors = self._vectors()
@@ -360,12 +379,13 @@ class _Run:
             **more,
         )
 
-    def _interrupt(self) -> None:
-        where = f"epoch {self.finished + 1}, step {self.step} of {self.steps}"
+    def interrupt(self, where: str) -> NoReturn:
+        """Save the state, which after an epoch has been done, and say so."""
         if self.out is None:
-            raise TrainingInterrupted(f"stopped in {where}; nothing was saved (out is None)")
-        self._checkpoint(resumable=True).save(self.out / "last.pt")
-        raise TrainingInterrupted(f"stopped in {where}; saved {self.out / 'last.pt'}: run again with resume to go on")
+            raise TrainingInterrupted(f"stopped {where}; nothing was saved (out is None)")
+        if self.step:
+            self._checkpoint(resumable=True).save(self.out / "last.pt")
+        raise TrainingInterrupted(f"stopped {where}; saved {self.out / 'last.pt'}: run again with resume to go on")
 
     def _write_log(self) -> None:
         assert self.out is not None
@@ -418,10 +438,10 @@ class _Run:
 class _Display:
     """A bar over all steps on stderr, or nothing where that is no terminal."""
 
-    def __init__(self, run: _Run, *, shown: bool) -> None:
+    def __init__(self, run: _Run, title: str, *, shown: bool) -> None:
         from rich.progress import MofNCompleteColumn
 
-        self._run = run
+        self._run, self._title = run, title
         self._progress = progress_bar(MofNCompleteColumn(), shown=shown)
         done = run.finished * run.steps + run.step
         self._task = self._progress.add_task("training", total=run.config.epochs * run.steps, completed=done)
@@ -434,7 +454,7 @@ class _Display:
         self._progress.stop()
 
     def say(self, what: str) -> None:
-        epoch = f"epoch {self._run.finished + 1}/{self._run.config.epochs}"
+        epoch = f"{self._title}epoch {self._run.finished + 1}/{self._run.config.epochs}"
         self._progress.update(self._task, description=f"{epoch}  {what}")
 
     def advance(self, loss: float) -> None:
@@ -445,6 +465,29 @@ class _Display:
 
 
 # ---------------------------------------------------------------------------------------------- pieces
+
+
+def _opened(out: Path | None, config: TrainConfig | None, resume: bool) -> tuple[TrainConfig, Checkpoint | None]:
+    """A run's configuration, which its folder now holds, and what there is to go on from."""
+    if out is None:
+        return config or recipe(), None
+    out.mkdir(parents=True, exist_ok=True)
+    stored = None
+    if (out / "last.pt").exists():
+        if not resume:
+            raise InvalidParameterError(f"{out} holds a run already: resume it, or choose another folder")
+        stored = Checkpoint.load(out / "last.pt")
+        if config is not None and config != stored.config:
+            mine, theirs = config.to_dict(), stored.config.to_dict()
+            differing = ", ".join(f"{k} = {theirs[k]!r} (asked: {mine[k]!r})" for k in mine if mine[k] != theirs[k])
+            raise InvalidParameterError(f"{out} was trained with {differing}: resume without changes")
+        config = stored.config
+    elif config is None and resume and (out / "config.json").exists():  # stopped while a teacher was trained
+        config = recipe(out / "config.json")
+    config = config or recipe()
+    with atomic_path(out / "config.json") as temporary:
+        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    return config, stored
 
 
 def _card(name: str | None, source: ViewSource, fingerprint: str) -> dict[str, Any]:
@@ -462,6 +505,18 @@ def _card(name: str | None, source: ViewSource, fingerprint: str) -> dict[str, A
 
 def _rng(seed: int, *purpose: int) -> np.random.Generator:
     return np.random.default_rng([seed, *purpose])
+
+
+@contextmanager
+def _teachers_folder(school: Path | None, config: TrainConfig) -> Iterator[Path | None]:
+    """A teacher's own folder, named after its configuration: inside, for this process alone."""
+    if school is None:
+        yield None
+        return
+    own = school / hashlib.sha256(json.dumps(config.to_dict()).encode()).hexdigest()[:12]
+    own.mkdir(parents=True, exist_ok=True)
+    with locked(own / ".lock"):
+        yield own
 
 
 def _torch_seed(seed: int, purpose: int) -> int:

@@ -9,7 +9,7 @@ or seed, never from a global one, so a run can be repeated and resumed exactly.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,18 @@ from training.neighbours import checked_neighbours, nearest_neighbours
 Indices = npt.NDArray[np.int64]
 # How many nearest neighbours, or a table (n, k) of them.
 Neighbours = int | Indices
+
+
+class Views(NamedTuple):
+    """Two views of a batch of B items.
+
+    view1, view2 : each (B, d_in) float32 features, or (B, C, S, S) normalised images.
+    partners : int64 (B,), the items that view 2 shows: neighbours, or the items themselves.
+    """
+
+    view1: torch.Tensor
+    view2: torch.Tensor
+    partners: Indices
 
 
 @runtime_checkable
@@ -45,8 +57,8 @@ class ViewSource(Protocol):
         """(n, d_in) float32: un-augmented features as the backbone gives them, before any centring or normalisation."""
         ...
 
-    def views(self, indices: Indices, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two views of the items `indices` (B,): each (B, d_in) float32 features, or (B, C, S, S) normalised images.
+    def views(self, indices: Indices, rng: np.random.Generator) -> Views:
+        """Two views of the items `indices` (B,), int64.
 
         All randomness comes from `rng`; the same state gives the same views.
         """
@@ -117,14 +129,14 @@ class CachedViews:
     def features(self) -> Features:
         return self._features
 
-    def views(self, indices: Indices, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two (B, d_in) float32 tensors; two views of the same item are never the same view."""
+    def views(self, indices: Indices, rng: np.random.Generator) -> Views:
+        """Features; two views of the same item are never the same view."""
         count = len(self._views)
         partners = self._partners.draw(indices, rng)
         first = rng.integers(count, size=len(indices))
         second = (first + 1 + rng.integers(max(count - 1, 1), size=len(indices))) % count
         one, two = self._views[first, indices], self._views[second, partners]
-        return torch.from_numpy(one.astype(np.float32)), torch.from_numpy(two.astype(np.float32))
+        return Views(torch.from_numpy(one.astype(np.float32)), torch.from_numpy(two.astype(np.float32)), partners)
 
 
 class EmbeddingViews:
@@ -173,14 +185,14 @@ class EmbeddingViews:
     def features(self) -> Features:
         return self._features
 
-    def views(self, indices: Indices, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two (B, d_in) float32 tensors."""
-        one = self._features[indices]
-        two = self._features[self._partners.draw(indices, rng)]
+    def views(self, indices: Indices, rng: np.random.Generator) -> Views:
+        """Features; of a mixture of two, the partner is the neighbour."""
+        partners = self._partners.draw(indices, rng)
+        one, two = self._features[indices], self._features[partners]
         if self._mixup:
             share = rng.beta(self._mixup, self._mixup, size=(len(indices), 1)).astype(np.float32)
             two = share * one + (1 - share) * two
-        return self._changed(one, rng), self._changed(two, rng)
+        return Views(self._changed(one, rng), self._changed(two, rng), partners)
 
     def _changed(self, x: Features, rng: np.random.Generator) -> torch.Tensor:
         if self._noise:
@@ -256,9 +268,10 @@ class ImageViews:
         """(n, d_in) float32; of a trainable backbone, with its weights of the moment: a pass over all images."""
         return self._extract() if self._backbone.trainable else self._features
 
-    def views(self, indices: Indices, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two tensors, (B, C, S, S) normalised images for a trainable backbone, else (B, d_in) features."""
-        items = np.concatenate([indices, self._partners.draw(indices, rng)])
+    def views(self, indices: Indices, rng: np.random.Generator) -> Views:
+        """Normalised images for a trainable backbone, else features."""
+        partners = self._partners.draw(indices, rng)
+        items = np.concatenate([indices, partners])
         seeds = rng.integers(2**63, size=len(items))
 
         def load(row: int) -> Pixels:
@@ -272,7 +285,7 @@ class ImageViews:
             with ThreadPoolExecutor(self._threads) as pool:
                 pixels = np.stack(list(pool.map(load, range(len(items)))))
             both = self._backbone.normalize(torch.from_numpy(pixels))
-        return both[: len(indices)], both[len(indices) :]
+        return Views(both[: len(indices)], both[len(indices) :], partners)
 
     def _extract(self) -> Features:
         return extract_features(self._backbone, self._images, progress=self._progress, **self._options)

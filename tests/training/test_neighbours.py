@@ -75,10 +75,10 @@ def test_other_tables_are_refused(table) -> None:
 def test_a_configuration_makes_its_views() -> None:
     features = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
     config = TrainConfig(neighbours=100, dropout=0.0, power=1.0)  # more neighbours than there are items
-    one, two = source_of(config, features).views(np.arange(8), np.random.default_rng(0))
+    one, two, _ = source_of(config, features).views(np.arange(8), np.random.default_rng(0))
     np.testing.assert_array_equal(one, features)
     assert (two.numpy() != features).any(axis=1).all()
-    one, two = source_of(config, features, np.stack([features, features + 1])).views(np.arange(8), np.random.default_rng(0))
+    one, two, _ = source_of(config, features, np.stack([features, features + 1])).views(np.arange(8), np.random.default_rng(0))
     assert np.isin(one.numpy() - features, [0, 1]).all() or np.abs(one.numpy() - features).max() <= 1 + 1e-6
 
 

@@ -21,6 +21,7 @@ from training.checkpoint import Checkpoint
 from training.config import TrainConfig
 from training.terminal import deferred_signals
 from training.train import TrainingInterrupted, _groups, _schedule, _split, train
+from training.views import Views
 
 N, D = 160, 12
 CONFIG = TrainConfig(
@@ -60,7 +61,7 @@ class NoisyViews:
         x = self._x[indices]
         one, two = (x + 0.3 * rng.standard_normal(x.shape, dtype=np.float32) for _ in range(2))
         shape = (len(x), 3, 2, 2) if self.backbone is not None else x.shape
-        return torch.from_numpy(one).reshape(shape), torch.from_numpy(two).reshape(shape)
+        return Views(torch.from_numpy(one).reshape(shape), torch.from_numpy(two).reshape(shape), indices)
 
 
 def state(result):

@@ -30,7 +30,13 @@ class BiHalfNet(BinaryHash):
 
     loss_names = ("total",)
 
-    def forward(self, view1: Tensor, view2: Tensor, hierarchy: BatchHierarchy | None = None) -> dict[str, Tensor]:  # noqa: ARG002
+    def forward(
+        self,
+        view1: Tensor,
+        view2: Tensor,
+        hierarchy: BatchHierarchy | None = None,  # noqa: ARG002
+        items: Tensor | None = None,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
         """The loss between the cosines of features and of codes."""
         x = torch.cat([view1, view2])
         if x.ndim == 4 and self.backbone is not None:

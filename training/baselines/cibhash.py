@@ -29,7 +29,13 @@ class CIBHash(BinaryHash):
 
     loss_names = ("total", "contrastive", "divergence")
 
-    def forward(self, view1: Tensor, view2: Tensor, hierarchy: BatchHierarchy | None = None) -> dict[str, Tensor]:  # noqa: ARG002
+    def forward(
+        self,
+        view1: Tensor,
+        view2: Tensor,
+        hierarchy: BatchHierarchy | None = None,  # noqa: ARG002
+        items: Tensor | None = None,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
         """total = contrastive + β·divergence. In evaluation mode bits are not drawn but the more probable ones."""
         logits = self.tangents(torch.cat([view1, view2]))
         uniform = torch.rand_like(logits) if self.training else torch.full_like(logits, 0.5)

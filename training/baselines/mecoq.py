@@ -88,7 +88,13 @@ class MeCoQ(CodebookQuantizer):
         """The codes that serve as negatives now, (0 to MEMORY, M, ksub): none in evaluation mode, nor in the first epochs."""
         return self.memory[: min(int(self.written), MEMORY)] if self.training and self._memory_serves else self.memory[:0]
 
-    def forward(self, view1: Tensor, view2: Tensor, hierarchy: BatchHierarchy | None = None) -> dict[str, Tensor]:  # noqa: ARG002
+    def forward(
+        self,
+        view1: Tensor,
+        view2: Tensor,
+        hierarchy: BatchHierarchy | None = None,  # noqa: ARG002
+        items: Tensor | None = None,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
         """total = contrastive + λ·entropy + γ·diversity.
 
         The entropy is the mean over views, items and subspaces of that of the codes: low when one codeword stands out. The

@@ -31,7 +31,13 @@ class SPQ(CodebookQuantizer):
         weights = torch.softmax((2 * inner - self.codewords.square().sum(-1)[:, None]) / self.config.tau, dim=-1)
         return (weights @ self.codewords).transpose(0, 1).flatten(1)
 
-    def forward(self, view1: Tensor, view2: Tensor, hierarchy: BatchHierarchy | None = None) -> dict[str, Tensor]:  # noqa: ARG002
+    def forward(
+        self,
+        view1: Tensor,
+        view2: Tensor,
+        hierarchy: BatchHierarchy | None = None,  # noqa: ARG002
+        items: Tensor | None = None,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
         """The cross-quantised contrastive loss of a batch, both ways round."""
         x = self.tangents(torch.cat([view1, view2]))
         (x1, x2), (z1, z2) = x.chunk(2), self.quantize(x).chunk(2)

@@ -6,7 +6,6 @@ at the end: the same, and the figures). So a stopped experiment is started again
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -19,7 +18,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +29,7 @@ from hyperfaiss.io import atomic_path
 from training.config import TrainConfig
 from training.experiments.baselines import faiss_index
 from training.experiments.setting import Setting, SettingOptions
+from training.locks import locked
 
 __all__ = ["Experiment", "Failure", "Result", "Run"]
 
@@ -201,7 +200,7 @@ def _attempt(run: Run, setting: Setting, out: Path, *, progress: bool) -> Result
     folder = out / run.folder
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _alone_in(folder):
+        with locked(folder / ".lock", wait=False):  # two commands may share an experiment's folder, but not a run's
             (folder / "error.txt").unlink(missing_ok=True)
             identity = _identity(run, setting)
             stored = _stored_result(folder, identity)  # another process may have finished it by now
@@ -236,6 +235,7 @@ def _measured(run: Run, setting: Setting, folder: Path, *, progress: bool) -> di
             folder,
             labels=setting.training_labels,
             backbone=setting.backbone,
+            teachers=folder.parents[2] / "teachers",
             resume=True,
             device=setting.options.device,
             progress=progress,
@@ -313,17 +313,6 @@ def _work(run: Run, out: Path) -> Result | Failure:
 
 
 # ---------------------------------------------------------------------------------------------- pieces
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Two commands may share an experiment's folder, but not a run's."""
-    with (folder / ".lock").open("w") as file:  # the system lets go of the lock when a process dies
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InvalidParameterError("another process is at it") from error
-        yield
 
 
 def _with_defaults(identity: dict[str, Any]) -> dict[str, Any]:

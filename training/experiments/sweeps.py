@@ -36,10 +36,11 @@ class Sweep:
     scale: Literal["linear", "log", "names"] = "linear"
 
 
-_FULL: dict[str, dict[str, Any]] = {"hihpq": {}}
+# The method alone, without teachers.
+_FULL: dict[str, dict[str, Any]] = {"hihpq": {"teachers": 0}}
 _WITH_AND_WITHOUT: dict[str, dict[str, Any]] = {
-    "with hierarchy": {},
-    "without hierarchy": {"lambda1": 0.0, "lambda2": 0.0},
+    "with hierarchy": {"teachers": 0},
+    "without hierarchy": {"teachers": 0, "lambda1": 0.0, "lambda2": 0.0},
 }
 _LEVELS = (
     *((50,), (100,), (200,), (50, 25), (100, 50), (200, 100)),

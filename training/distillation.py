@@ -1,0 +1,80 @@
+"""A model learns from others trained before it: similarity distillation (as SEED, Fang et al., ICLR 2021, between networks).
+
+Few codewords learn poorly from pairs, most of which are no true ones. Models of more subspaces average over them, and several
+models over each other: they know better which items are near, and how near. :class:`Student` learns that, in place of pairs and
+clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from training.config import TrainConfig
+from training.losses import distillation_loss
+from training.model import BatchHierarchy, HiHPQ
+from training.spaces import Space
+
+__all__ = ["Student", "Teacher"]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """How far a trained model finds the training items from each other, un-augmented and unquantised.
+
+    space : where its points live; points : of all items, (n, M, dsub).
+    """
+
+    space: Space
+    points: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: HiHPQ, features: npt.NDArray[np.float32]) -> Teacher:
+        """A model's view of items with features (n, d_in)."""
+        vectors = torch.from_numpy(model.encode(features)).to(model.codewords)
+        return cls(model.space, model.points(vectors))
+
+    def distances(self, items: Tensor) -> Tensor:
+        """(k, k) between items, int64 (k,)."""
+        points = self.points[items]
+        return self.space.distances(points, points)
+
+
+class Student(HiHPQ):
+    """HiHPQ whose loss is how far its distances between a batch's views are from its teachers' between what they show.
+
+    ``teachers`` are on the model's device. The mean of their distances counts.
+    """
+
+    loss_names: ClassVar[tuple[str, ...]] = ("total",)
+
+    def __init__(
+        self, d_in: int, config: TrainConfig, backbone: nn.Module | None = None, *, teachers: Sequence[Teacher]
+    ) -> None:
+        super().__init__(d_in, config, backbone)
+        self._teachers = tuple(teachers)
+
+    @property
+    def uses_clusters(self) -> bool:
+        """No: the teachers have seen them."""
+        return False
+
+    def forward(
+        self,
+        view1: Tensor,
+        view2: Tensor,
+        hierarchy: BatchHierarchy | None = None,  # noqa: ARG002
+        items: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """``losses.distillation_loss`` over both views of all items, as "total"; needs ``items``."""
+        assert items is not None
+        _, distances = self.compare(torch.cat([view1, view2]))
+        theirs = torch.stack([teacher.distances(items) for teacher in self._teachers]).mean(0)
+        return {"total": distillation_loss(distances, theirs, self.config.tau_qc, self.config.tau_teacher)}
