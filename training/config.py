@@ -132,7 +132,7 @@ class TrainConfig:
 
     teachers: int = 0
     teacher_bits: int = 64
-    tau_teacher: float = 0.1
+    tau_teacher: float = 0.2
 
     neighbours: int = 10
     neighbour_probability: float = 1.0
