@@ -188,7 +188,7 @@ def main(
         int | None, typer.Option(help="of training [default: the recipe's; more for few images, fewer for many]")
     ] = None,
     teachers: Annotated[
-        int, typer.Option(help="models of 64 bits to train first, from which each size learns; the default recipe itself has 1", min=0)
+        int, typer.Option(help="models of 64 bits to train first, which all sizes learn from; the recipe itself has 1", min=0)
     ] = 0,
     seed: int = 0,
 ) -> None:
