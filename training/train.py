@@ -5,8 +5,8 @@ whatever step, goes on exactly as if it had not been. Results repeat on the same
 threads.
 
 A run's folder holds ``config.json`` (which ``hihpq train --recipe`` takes, too), ``last.pt`` (to go on from), ``best.pt``
-(to export), ``log.csv`` (a row per epoch), ``summary.json`` and ``curves.png``. All are written beside their names and
-renamed: a kill leaves the former file.
+(to export), ``log.csv`` (a row per epoch), ``summary.json`` and ``curves.png``; ``teachers/`` holds the runs of its
+teachers, if there are any. All are written beside their names and renamed: a kill leaves the former file.
 """
 
 from __future__ import annotations
