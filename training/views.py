@@ -202,6 +202,10 @@ class EmbeddingViews:
         return torch.from_numpy(x)
 
 
+# Fields of a configuration on which views depend.
+VIEW_FIELDS = ("power", "neighbours", "neighbour_probability", "diffusion", "dropout", "noise", "mixup")
+
+
 def neighbours_of(config: TrainConfig, features: Features) -> dict[str, Any]:
     """A source's arguments that say whom a configuration shows as the second view, among items with features (n, d)."""
     k = min(config.neighbours, len(features) - 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from tests.training.toys import brute_force_neighbours
 from training import neighbours
 from training.config import TrainConfig
 from training.neighbours import checked_neighbours, diffusion_map, nearest_neighbours
-from training.views import EmbeddingViews, source_of
+from training.views import VIEW_FIELDS, EmbeddingViews, source_of
 
 
 def test_neighbours_equal_brute_force() -> None:
@@ -80,6 +82,14 @@ def test_a_configuration_makes_its_views() -> None:
     assert (two.numpy() != features).any(axis=1).all()
     one, two, _ = source_of(config, features, np.stack([features, features + 1])).views(np.arange(8), np.random.default_rng(0))
     assert np.isin(one.numpy() - features, [0, 1]).all() or np.abs(one.numpy() - features).max() <= 1 + 1e-6
+
+
+def test_views_depend_on_the_named_fields_alone() -> None:
+    features = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    fields = TrainConfig(neighbours=3, diffusion=1, mixup=0.5, noise=0.1).to_dict()
+    read = SimpleNamespace(**{name: fields[name] for name in VIEW_FIELDS})  # any other is an AttributeError
+    source_of(read, features)  # type: ignore[arg-type]
+    source_of(read, features, np.stack([features, features]))  # type: ignore[arg-type]
 
 
 # Diffusion

@@ -20,14 +20,12 @@ from training.evaluate import Searchable, evaluate_index
 from training.experiments.baselines import normalized
 from training.protocols import load_protocol
 from training.split import Labels
-from training.views import ViewSource, source_of
+from training.views import VIEW_FIELDS, ViewSource, source_of
 
 __all__ = ["Setting", "SettingOptions"]
 
 # Augmented views are drawn with this seed whatever a run's own is: they are made once for all runs.
 _VIEWS_SEED = 0
-# What tables and sweeps vary without changing what is learnt from: tables of neighbours take a while.
-_NOT_OF_VIEWS = {"method", "geometry", "M", "dsub", "curvature", "clip_radius", "tau", "tau_qc", "lambda1", "lambda2", "levels"}
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ class Setting:
 
     def source(self, config: TrainConfig) -> ViewSource:
         """What a run of this configuration learns from; runs that agree on it share it one after the other."""
-        key = {name: value for name, value in config.to_dict().items() if name not in _NOT_OF_VIEWS}
+        key = {name: getattr(config, name) for name in VIEW_FIELDS}
         if self._shared is None or self._shared[0] != key:
             views = self._views if self.options.cached_views else None
             self._shared = key, source_of(config, self._training_features, views)
