@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -132,35 +133,33 @@ def train(
         raise InvalidParameterError("resume needs out, the folder of the run to go on with")
     school = Path(teachers) if teachers else folder and folder / "teachers"
     settled, stored = _opened(folder, config, resume)
-
+    new = partial(_Run, source, labels=labels, backbone=backbone, data=data, device=torch.device(device))
     with torch.random.fork_rng(devices=_cuda_devices(device)), deferred_signals() as interrupted:
-
-        def one(
-            config: TrainConfig, folder: Path | None, stored: Checkpoint | None, teachers: Sequence[Teacher], title: str
-        ) -> TrainResult:
-            run = _Run(source, config, folder, stored, labels, backbone, data, torch.device(device), teachers)
-            with _Display(run, title, shown=progress) as display:
-                while not run.done:
-                    run.epoch(interrupted, display)
-            result = run.finish()
-            if interrupted():
-                run.interrupt("after the last epoch")
-            return result
-
+        completed = partial(_completed, interrupted=interrupted, progress=progress)
         taught_by = []
         network = source.backbone
         untrained = copy.deepcopy(network.state_dict()) if network and settled.teachers else {}
         for i in range(settled.teachers):
-            title = f"teacher {i + 1} of {settled.teachers}, "
             its = settled.teacher(int(_rng(settled.seed, _TEACHER, i).integers(2**31)))
             with _teachers_folder(school, its) as own:
                 its, part = _opened(own, its, resume or teachers is not None)
-                model = one(its, own, part, (), title).model
+                model = completed(new(its, own, part), f"teacher {i + 1} of {settled.teachers}, ").model
             assert isinstance(model, HiHPQ)
             taught_by.append(Teacher.of(model, source.features()))
             if network:  # there is but one, which each model trains from where it was
                 network.load_state_dict(untrained)
-        return one(settled, folder, stored, taught_by, "")
+        return completed(new(settled, folder, stored, taught_by))
+
+
+def _completed(run: _Run, title: str = "", *, interrupted: Callable[[], bool], progress: bool) -> TrainResult:
+    """All epochs of a run, or of it what is left."""
+    with _Display(run, title, shown=progress) as display:
+        while not run.done:
+            run.epoch(interrupted, display)
+    result = run.finish()
+    if interrupted():
+        run.interrupt("after the last epoch")
+    return result
 
 
 class _Run:
@@ -172,11 +171,12 @@ class _Run:
         config: TrainConfig,
         out: Path | None,
         stored: Checkpoint | None,
+        teachers: Sequence[Teacher] = (),
+        *,
         labels: npt.ArrayLike | None,
         backbone: str | Backbone | None,
         data: str | None,
         device: torch.device,
-        teachers: Sequence[Teacher],
     ) -> None:
         self.source, self.config, self.out, self.device = source, config, out, device
         self.backbone = backbone.name if isinstance(backbone, Backbone) else backbone
