@@ -70,8 +70,8 @@ def queries(folder):
 
 @pytest.fixture(autouse=True)
 def bounded():
-    """No test may hang: after two minutes the interpreter says where it is and ends."""
-    faulthandler.dump_traceback_later(120, exit=True)
+    """No test may hang: after ten minutes, which a busy machine does not need, the interpreter says where it is and ends."""
+    faulthandler.dump_traceback_later(600, exit=True, file=sys.__stderr__)
     yield
     faulthandler.cancel_dump_traceback_later()
 
