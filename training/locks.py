@@ -19,5 +19,5 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InvalidParameterError(f"another process is at {path.parent}") from error
+            raise InvalidParameterError(f"another process is at it: {path.parent}") from error
         yield

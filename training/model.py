@@ -97,8 +97,8 @@ class Quantizer(nn.Module):
     config : hyper-parameters.
     backbone : module from images to features (B, d_in), trained along; None if the inputs are features.
 
-    A subclass gives ``forward`` and either ``codec`` or ``index`` and ``encode``; it may have parameters ``codewords`` and
-    ``log_theta`` or ``raw_theta``, which the optimiser treats as codebooks and curvatures.
+    A subclass gives ``forward``, or ``losses``, and either ``codec`` or ``index`` and ``encode``; it may have parameters
+    ``codewords`` and ``log_theta`` or ``raw_theta``, which the optimiser treats as codebooks and curvatures.
 
     Attributes
     ----------
@@ -145,12 +145,21 @@ class Quantizer(nn.Module):
         """Called after each step of the optimiser."""
 
     def forward(
-        self, view1: Tensor, view2: Tensor, hierarchy: BatchHierarchy | None = None, items: Tensor | None = None
+        self,
+        view1: Tensor,
+        view2: Tensor,
+        hierarchy: BatchHierarchy | None = None,  # noqa: ARG002
+        items: Tensor | None = None,  # noqa: ARG002
     ) -> dict[str, Tensor]:
         """Losses of a batch given as two views of each item, (B, d_in) features or images: ``loss_names`` to scalars.
 
-        ``items``, int64 (2B,), are the training items that the views show, those of view 1 first.
+        ``items``, int64 (2B,), are the training items that the views show, those of view 1 first. A method that looks at the
+        views alone gives ``losses`` in place of this.
         """
+        return self.losses(torch.cat([view1, view2]))
+
+    def losses(self, views: Tensor) -> dict[str, Tensor]:
+        """The same of a batch's views (2B, d_in), or images, those that are view 1 first."""
         raise NotImplementedError
 
     def groups(self) -> Iterator[tuple[str, nn.Parameter]]:

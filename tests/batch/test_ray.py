@@ -71,7 +71,7 @@ def queries(folder):
 @pytest.fixture(autouse=True)
 def bounded():
     """No test may hang: after ten minutes, which a busy machine does not need, the interpreter says where it is and ends."""
-    faulthandler.dump_traceback_later(600, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(600, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
 

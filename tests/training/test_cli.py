@@ -75,7 +75,11 @@ def test_resume_takes_the_checkpoints_configuration(files):
         (["train", "--embeddings", "x.npy"], 2, "--out"),
         (["train", "--embeddings", "x.npy", "--data", "digits", "--out", "run"], 2, "--embeddings or --data"),
         (["train", "--embeddings", "x.npy", "--out", "run", "--set", "lr"], 2, "NAME=VALUE"),
-        (["train", "--embeddings", "x.npy", "--out", "run", "--recipe", "papr"], 2, "no recipe 'papr'; there are"),
+        (
+            ["train", "--embeddings", "x.npy", "--out", "run", "--recipe", "papr"],
+            2,
+            "there are default, embeddings, large, paper",
+        ),
         (["train", "--embeddings", "none.npy", "--out", "run"], 1, "error: no file at none.npy"),
         (["train", "--embeddings", "x.npy", "--out", "run", "--set", "lrr=1"], 1, "unknown fields ['lrr']"),
         (["train", "--embeddings", "x.npy", "--out", "run", "--bits", "12"], 1, "multiple of nbits = 8, got 12"),

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import signal
-
 import numpy as np
 import pytest
 import torch
 
 from hyperfaiss.errors import InvalidParameterError
-from tests.training.test_train import CONFIG, LABELS, D, NoisyViews, assert_same, state, without_seconds
+from tests.training.test_train import CONFIG, LABELS, D, NoisyViews, assert_same, state, stopped_and_resumed, without_seconds
 from training.checkpoint import Checkpoint
 from training.distillation import Student, Teacher
 from training.losses import distillation_loss
 from training.model import HiHPQ
 from training.recipes import recipe
-from training.train import TrainingInterrupted, train
+from training.train import train
 
 TAUGHT = CONFIG.replace(teachers=2, teacher_bits=16, tau_teacher=0.2, epochs=3)
 
@@ -91,11 +89,7 @@ def test_teachers_are_runs_of_their_own_and_the_student_learns_from_them(undistu
 # Each epoch is 4 steps and a call for the validation's views: the first teacher has calls 1 to 15, the student the last.
 @pytest.mark.parametrize("call", [7, 15, 16, 30, 38])
 def test_resuming_is_exact_wherever_it_was_stopped(call, undisturbed, tmp_path):
-    source = NoisyViews()
-    source.after, source.action = call, lambda: signal.raise_signal(signal.SIGINT)
-    with pytest.raises(TrainingInterrupted, match=r"last\.pt: run again with resume"):
-        train(source, TAUGHT, tmp_path, labels=LABELS, progress=False)
-    comp = train(NoisyViews(), None, tmp_path, labels=LABELS, resume=True, progress=False)
+    comp = stopped_and_resumed(TAUGHT, call, tmp_path)
     assert_same(state(comp), state(undisturbed))
     assert without_seconds(comp.history) == without_seconds(undisturbed.history)
 

@@ -236,7 +236,7 @@ def test_two_commands_leave_each_others_runs_alone(hihpq, tmp_path, monkeypatch)
         fcntl.flock(held, fcntl.LOCK_EX)
         done = hihpq("table", methods="pq", bits="8,16")
     assert done.exit_code == 1
-    assert "pq, 8 bits, seed 0: another process is at " in done.output
+    assert "pq, 8 bits, seed 0: another process is at it" in done.output
     assert [r["bits"] for r in rows_of(tmp_path / "out" / "table.csv")] == ["16"]
 
 

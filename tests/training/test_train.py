@@ -78,6 +78,15 @@ def without_seconds(history):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in history]
 
 
+def stopped_and_resumed(config, call, out):
+    """A run whose Ctrl-C came at this call of ``views``, after it has gone on."""
+    source = NoisyViews()
+    source.after, source.action = call, lambda: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(TrainingInterrupted, match=r"last\.pt: run again with resume"):
+        train(source, config, out, labels=LABELS, progress=False)
+    return train(NoisyViews(), None, out, labels=LABELS, resume=True, progress=False)
+
+
 @pytest.fixture(scope="module")
 def undisturbed():
     return train(NoisyViews(), CONFIG, labels=LABELS, progress=False)
@@ -119,11 +128,7 @@ def test_the_callers_generators_are_left_alone():
 # 136 training items are 4 steps an epoch; each epoch ends with one call for the validation's views.
 @pytest.mark.parametrize("call", [1, 7, 10, 11])
 def test_resuming_after_ctrl_c_is_exact(call, undisturbed, tmp_path):
-    source = NoisyViews()
-    source.after, source.action = call, lambda: signal.raise_signal(signal.SIGINT)
-    with pytest.raises(TrainingInterrupted, match=r"last\.pt: run again with resume"):
-        train(source, CONFIG, tmp_path, labels=LABELS, progress=False)
-    comp = train(NoisyViews(), None, tmp_path, labels=LABELS, resume=True, progress=False)
+    comp = stopped_and_resumed(CONFIG, call, tmp_path)
     assert_same(state(comp), state(undisturbed))
     assert without_seconds(comp.history) == without_seconds(undisturbed.history)
     assert comp.best_epoch == undisturbed.best_epoch

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from training.baselines.hamming import BinaryHash
-from training.model import BatchHierarchy
 
 __all__ = ["GAMMA", "BiHalfNet", "bi_half", "similarity_loss"]
 
@@ -30,20 +29,13 @@ class BiHalfNet(BinaryHash):
 
     loss_names = ("total",)
 
-    def forward(
-        self,
-        view1: Tensor,
-        view2: Tensor,
-        hierarchy: BatchHierarchy | None = None,  # noqa: ARG002
-        items: Tensor | None = None,  # noqa: ARG002
-    ) -> dict[str, Tensor]:
+    def losses(self, views: Tensor) -> dict[str, Tensor]:
         """The loss between the cosines of features and of codes."""
-        x = torch.cat([view1, view2])
-        if x.ndim == 4 and self.backbone is not None:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.amp and self.training):
-                x = self.backbone(x)
-        logits = self.tangents(x)
-        features = self.preprocessing(x.detach().to(logits.dtype))
+        if views.ndim == 4 and self.backbone is not None:
+            with torch.autocast(views.device.type, torch.bfloat16, enabled=self.config.amp and self.training):
+                views = self.backbone(views)
+        logits = self.tangents(views)
+        features = self.preprocessing(views.detach().to(logits.dtype))
         return {"total": similarity_loss(features, bi_half(logits))}
 
 

@@ -16,7 +16,6 @@ from torch.nn import functional as F  # noqa: N812
 
 from training.baselines.hamming import BinaryHash
 from training.losses import quantized_contrastive_loss
-from training.model import BatchHierarchy
 
 __all__ = ["BETA", "CIBHash", "bernoulli_divergence", "draw_bits"]
 
@@ -29,15 +28,9 @@ class CIBHash(BinaryHash):
 
     loss_names = ("total", "contrastive", "divergence")
 
-    def forward(
-        self,
-        view1: Tensor,
-        view2: Tensor,
-        hierarchy: BatchHierarchy | None = None,  # noqa: ARG002
-        items: Tensor | None = None,  # noqa: ARG002
-    ) -> dict[str, Tensor]:
+    def losses(self, views: Tensor) -> dict[str, Tensor]:
         """total = contrastive + β·divergence. In evaluation mode bits are not drawn but the more probable ones."""
-        logits = self.tangents(torch.cat([view1, view2]))
+        logits = self.tangents(views)
         uniform = torch.rand_like(logits) if self.training else torch.full_like(logits, 0.5)
         # ±1, all of the same norm: the cosine, which is 1 - 2/K times the Hamming distance.
         codes = F.normalize(2 * draw_bits(logits, uniform) - 1, dim=-1)

@@ -19,7 +19,6 @@ from torch.nn import functional as F  # noqa: N812
 
 from training.baselines.codebooks import CodebookQuantizer
 from training.config import TrainConfig
-from training.model import BatchHierarchy
 
 __all__ = ["GAMMA", "LAMBDA", "MEMORY", "MEMORY_START", "RHO", "MeCoQ", "debiased_loss"]
 
@@ -88,19 +87,13 @@ class MeCoQ(CodebookQuantizer):
         """The codes that serve as negatives now, (0 to MEMORY, M, ksub): none in evaluation mode, nor in the first epochs."""
         return self.memory[: min(int(self.written), MEMORY)] if self.training and self._memory_serves else self.memory[:0]
 
-    def forward(
-        self,
-        view1: Tensor,
-        view2: Tensor,
-        hierarchy: BatchHierarchy | None = None,  # noqa: ARG002
-        items: Tensor | None = None,  # noqa: ARG002
-    ) -> dict[str, Tensor]:
+    def losses(self, views: Tensor) -> dict[str, Tensor]:
         """total = contrastive + λ·entropy + γ·diversity.
 
         The entropy is the mean over views, items and subspaces of that of the codes: low when one codeword stands out. The
         diversity is the mean of c_k·c_k' over all pairs of codewords of a subspace (k = k' included) and over subspaces.
         """
-        codes = self.codes(self.vectors(self.tangents(torch.cat([view1, view2]))))
+        codes = self.codes(self.vectors(self.tangents(views)))
         reconstructed, memory = self.reconstruct(codes), self.reconstruct(self.remembered())
         broadcast = "mecoq-broadcast" in self.config.quirks
         contrastive = debiased_loss(reconstructed, memory, self.config.tau_qc, RHO, broadcast=broadcast)

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from training.baselines.codebooks import CodebookQuantizer
-from training.model import BatchHierarchy
 
 __all__ = ["SPQ", "cross_quantized_loss"]
 
@@ -31,15 +30,9 @@ class SPQ(CodebookQuantizer):
         weights = torch.softmax((2 * inner - self.codewords.square().sum(-1)[:, None]) / self.config.tau, dim=-1)
         return (weights @ self.codewords).transpose(0, 1).flatten(1)
 
-    def forward(
-        self,
-        view1: Tensor,
-        view2: Tensor,
-        hierarchy: BatchHierarchy | None = None,  # noqa: ARG002
-        items: Tensor | None = None,  # noqa: ARG002
-    ) -> dict[str, Tensor]:
+    def losses(self, views: Tensor) -> dict[str, Tensor]:
         """The cross-quantised contrastive loss of a batch, both ways round."""
-        x = self.tangents(torch.cat([view1, view2]))
+        x = self.tangents(views)
         (x1, x2), (z1, z2) = x.chunk(2), self.quantize(x).chunk(2)
         tau = self.config.tau_qc
         return {"total": cross_quantized_loss(x1, z2, tau) + cross_quantized_loss(x2, z1, tau)}

@@ -12,6 +12,7 @@ from hyperfaiss.errors import CorruptFileError, InvalidParameterError
 from hyperfaiss.io import atomic_path
 from training.experiments.runs import Result, Run
 from training.experiments.tables import cells, mean_and_spread
+from training.methods import VARIANTS
 from training.recipes import recipe
 
 __all__ = ["SWEEPS", "Sweep", "draw", "sweep_runs"]
@@ -36,11 +37,10 @@ class Sweep:
     scale: Literal["linear", "log", "names"] = "linear"
 
 
-# The method alone, without teachers.
-_FULL: dict[str, dict[str, Any]] = {"hihpq": {"teachers": 0}}
+_FULL: dict[str, dict[str, Any]] = {"hihpq": VARIANTS["hihpq"]}
 _WITH_AND_WITHOUT: dict[str, dict[str, Any]] = {
-    "with hierarchy": {"teachers": 0},
-    "without hierarchy": {"teachers": 0, "lambda1": 0.0, "lambda2": 0.0},
+    "with hierarchy": VARIANTS["hihpq"],
+    "without hierarchy": VARIANTS["vanilla-hyperbolic"],
 }
 _LEVELS = (
     *((50,), (100,), (200,), (50, 25), (100, 50), (200, 100)),
