@@ -19,8 +19,9 @@ import torch
 from hyperfaiss.errors import CorruptFileError, FileFormatError, HyperfaissError, InvalidParameterError, InvalidVectorsError
 from training.checkpoint import Checkpoint
 from training.config import TrainConfig
+from training.run import _groups, _schedule, _split
 from training.terminal import deferred_signals
-from training.train import TrainingInterrupted, _groups, _schedule, _split, train
+from training.train import TrainingInterrupted, train
 from training.views import Views
 
 N, D = 160, 12
@@ -76,6 +77,11 @@ def assert_same(one, two):
 
 def without_seconds(history):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in history]
+
+
+def written(folder):
+    """When each file of a run was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("[!.]*") if path.is_file()}
 
 
 def stopped_and_resumed(config, call, out):
@@ -210,8 +216,21 @@ def test_a_run_leaves_its_files(tmp_path):
     assert (best.epoch, best.backbone) == (result.best_epoch, "made-up")
     assert_same({k: v.clone() for k, v in best.build().state_dict().items()}, state(result))
 
+    before = written(out)
     again = train(NoisyViews(), None, out, labels=LABELS, resume=True, progress=False)  # nothing left to do
     assert_same(state(again), state(result))
+    assert again.hierarchy.sizes == result.hierarchy.sizes
+    assert (again.hierarchy.assignments == result.hierarchy.assignments).all()
+    assert written(out) == before
+
+
+def test_a_former_runs_summary_does_not_finish_a_run(tmp_path):
+    config = CONFIG.replace(refit=True)
+    result = train(NoisyViews(), config, tmp_path, labels=LABELS, progress=False)
+    (tmp_path / "last.pt").unlink()
+    comp = stopped_and_resumed(config, 12, tmp_path)
+    assert_same(state(comp), state(result))
+    assert (tmp_path / "summary.json").exists()
 
 
 def test_early_stopping_counts_from_the_best_epoch():
