@@ -29,9 +29,9 @@ from training.checkpoint import Checkpoint
 from training.config import TrainConfig
 from training.distillation import Teacher
 from training.locks import locked
+from training.loop import Display, TrainingInterrupted, TrainingRun, TrainResult, teacher_seed
 from training.model import HiHPQ
 from training.recipes import recipe
-from training.run import Display, Run, TrainingInterrupted, TrainResult, teacher_seed
 from training.terminal import deferred_signals
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def train(
         raise InvalidParameterError("resume needs out, the folder of the run to go on with")
     school = Path(teachers) if teachers else folder and folder / "teachers"
     settled, stored = _opened(folder, config, resume)
-    new = partial(Run, source, labels=labels, backbone=backbone, data=data, device=torch.device(device))
+    new = partial(TrainingRun, source, labels=labels, backbone=backbone, data=data, device=torch.device(device))
     with torch.random.fork_rng(devices=_cuda_devices(device)), deferred_signals() as interrupted:
         completed = partial(_completed, interrupted=interrupted, progress=progress)
         taught_by = []
@@ -103,7 +103,7 @@ def train(
         return completed(new(settled, folder, stored, taught_by))
 
 
-def _completed(run: Run, title: str = "", *, interrupted: Callable[[], bool], progress: bool) -> TrainResult:
+def _completed(run: TrainingRun, title: str = "", *, interrupted: Callable[[], bool], progress: bool) -> TrainResult:
     """All epochs of a run, or of it what is left."""
     with Display(run, title, shown=progress) as display:
         while not run.done:

@@ -19,7 +19,7 @@ import torch
 from hyperfaiss.errors import CorruptFileError, FileFormatError, HyperfaissError, InvalidParameterError, InvalidVectorsError
 from training.checkpoint import Checkpoint
 from training.config import TrainConfig
-from training.run import _groups, _schedule, _split
+from training.loop import _groups, _schedule, _split
 from training.terminal import deferred_signals
 from training.train import TrainingInterrupted, train
 from training.views import Views

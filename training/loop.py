@@ -40,7 +40,7 @@ from training.model import BatchHierarchy, HiHPQ, Quantizer
 if TYPE_CHECKING:
     from training.views import Views, ViewSource
 
-__all__ = ["Display", "Run", "TrainResult", "TrainingInterrupted", "teacher_seed"]
+__all__ = ["Display", "TrainResult", "TrainingInterrupted", "TrainingRun", "teacher_seed"]
 
 # Results that the validation MAP looks at.
 _MAP_AT = 1000
@@ -76,7 +76,7 @@ class TrainResult:
     out: Path | None
 
 
-class Run:
+class TrainingRun:
     """A run between two epochs; the arguments are those of ``train``, ``stored`` what there is to go on from."""
 
     def __init__(
@@ -359,7 +359,7 @@ class Run:
 class Display:
     """A bar over all steps on stderr, or nothing where that is no terminal."""
 
-    def __init__(self, run: Run, title: str, *, shown: bool) -> None:
+    def __init__(self, run: TrainingRun, title: str, *, shown: bool) -> None:
         from rich.progress import MofNCompleteColumn
 
         self._run, self._title = run, title
