@@ -68,6 +68,7 @@ def assert_same(comp: tuple[np.ndarray, ...], ref: tuple[np.ndarray, ...]) -> No
 INTERRUPTION = """
 before, codes = index.ntotal, index.codes
 ref = index.search(x[:3], 5)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts in a shell's background ignores it
 sent = []
 def interrupt():
     sent.append(time.monotonic())
