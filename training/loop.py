@@ -329,7 +329,6 @@ class TrainingRun:
             best = replace(best, model=state_of(self.model), hierarchy=self.hierarchy)
             if self.out:
                 self._write_results(best, row, self.out)
-        self.best = best
         return TrainResult(self.model, self.hierarchy, self.config, self.history, row["epoch"], best, self.out)
 
     def _write_results(self, best: Checkpoint, row: dict[str, Any], out: Path) -> None:
