@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hyperfaiss import HyperbolicPQIndex, HyperfaissError, Model
+from hyperfaiss.terminal import fields_of
 from training.backbones import load_backbone
 from training.cache import cache_features, cache_views
 from training.config import TrainConfig
@@ -187,18 +188,21 @@ def main(
     epochs: Annotated[
         int | None, typer.Option(help="of training [default: the recipe's; more for few images, fewer for many]")
     ] = None,
-    teachers: Annotated[
-        int, typer.Option(help="models of 64 bits to train first, which all sizes learn from; the recipe itself has 1", min=0)
-    ] = 0,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="change a hyper-parameter of the recipe; repeatable"),
+    ] = None,
     seed: int = 0,
 ) -> None:
     """Train HiHPQ on images, build an index, and compare it with faiss at the same bits."""
     console = Console()
     out = out or Path("runs") / f"demo-{Path(data).name}"
     sizes = bits or [16, 32, 64]
+    # No teacher, for time, unless it is asked for.
+    settled = {"teachers": 0, "seed": seed} | fields_of(changes)
     try:
         job, extractor = prepare(data, backbone, image_size, queries_per_class, train_per_class, n, out / "cache")
-        source = views_of(job, extractor, out / "cache", cached_views, recipe(recipe_name, seed=seed))
+        source = views_of(job, extractor, out / "cache", cached_views, recipe(recipe_name, **settled))
         console.print(
             f"{job.images.name}: {len(job.split.train):,} training images, {len(job.split.database):,} in the database, "
             f"{len(job.split.query):,} queries; features: {extractor.name}, {extractor.d_out} dimensions"
@@ -206,7 +210,7 @@ def main(
         results = baselines(job, sizes)
         for b in sizes:
             run = out / f"{b}bits"
-            config = fitted(recipe(recipe_name, bits=b, seed=seed, teachers=teachers), source.n, epochs)
+            config = fitted(recipe(recipe_name, bits=b, **settled), source.n, epochs)
             train(source, config, run, backbone=extractor, teachers=out / "teachers", resume=True)
             export(run, run / "model.safetensors")
             index = HyperbolicPQIndex.from_model(Model.load(run / "model.safetensors"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import typer
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from .errors import HyperfaissError
 
-__all__ = ["command_line", "json_or_text", "only_one", "option", "reported_errors"]
+__all__ = ["command_line", "fields_of", "json_or_text", "only_one", "option", "reported_errors"]
 
 
 def command_line(text: str) -> typer.Typer:
@@ -45,6 +45,17 @@ def json_or_text(value: str) -> Any:
         return json.loads(value)
     except ValueError:
         return value.strip()
+
+
+def fields_of(changes: Iterable[str] | None) -> dict[str, Any]:
+    """What ``--set NAME=VALUE``, repeated, says; a usage error for one of another form."""
+    found = {}
+    for change in changes or ():
+        name, equals, value = change.partition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"--set takes NAME=VALUE, got {change!r}")
+        found[name.strip()] = json_or_text(value)
+    return found
 
 
 @contextlib.contextmanager

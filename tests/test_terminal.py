@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from hyperfaiss import InvalidParameterError
 from hyperfaiss.batch.progress import Bar
 from hyperfaiss.progress import progress_bar, track
-from hyperfaiss.terminal import command_line, json_or_text, only_one, reported_errors
+from hyperfaiss.terminal import command_line, fields_of, json_or_text, only_one, reported_errors
 
 
 def test_only_one() -> None:
@@ -30,6 +30,19 @@ def test_only_one() -> None:
 )
 def test_json_or_text(text: str, value: Any) -> None:
     assert json_or_text(text) == value
+
+
+def test_fields_of_changes() -> None:
+    assert fields_of(["lr=0.1", "levels=[9, 3]", "geometry=cosine", "lr=0.2", "note=a=b"]) == {
+        "lr": 0.2,
+        "levels": [9, 3],
+        "geometry": "cosine",
+        "note": "a=b",
+    }
+    assert fields_of(None) == {}
+    for wrong in ("lr", "=0.1"):
+        with pytest.raises(typer.BadParameter, match=f"--set takes NAME=VALUE, got '{wrong}'"):
+            fields_of([wrong])
 
 
 @pytest.mark.parametrize(

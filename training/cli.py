@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from hyperfaiss.errors import InvalidParameterError, InvalidVectorsError
-from hyperfaiss.terminal import command_line, json_or_text, only_one, option, reported_errors
+from hyperfaiss.terminal import command_line, fields_of, only_one, option, reported_errors
 from training.config import TrainConfig
 from training.experiments import cli as experiments
 from training.recipes import RECIPES, recipe
@@ -65,7 +65,7 @@ def train(
     if labels is not None and data is not None:
         raise typer.BadParameter("--labels goes with --embeddings; folders of images have their own")
     with reported_errors():
-        config = _config(out, recipe_name, bits, seed, changes or [], resume=resume)
+        config = _config(out, recipe_name, bits, seed, changes, resume=resume)
         if embeddings is not None:
             source, y, network = *_embeddings(embeddings, labels, config), None
         else:
@@ -225,14 +225,11 @@ def _by_name(found: Any, where: Any) -> Any:
     return np.asarray(found.class_names)[found.labels] if named else found.labels
 
 
-def _config(out: Path, name: str, bits: int | None, seed: int | None, changes: list[str], *, resume: bool) -> TrainConfig:
+def _config(
+    out: Path, name: str, bits: int | None, seed: int | None, changes: list[str] | None, *, resume: bool
+) -> TrainConfig:
     """The configuration that the options spell; on resuming without any, the run's."""
-    fields: dict[str, Any] = {}
-    for change in changes:
-        key, equals, value = change.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"--set takes NAME=VALUE, got {change!r}")
-        fields[key] = json_or_text(value)
+    fields = fields_of(changes)
     if seed is not None:
         fields["seed"] = seed
     if resume and name == "default" and bits is None and (out / "config.json").exists():

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from hyperfaiss.io import atomic_path
-from hyperfaiss.terminal import json_or_text, option, reported_errors
+from hyperfaiss.terminal import fields_of, option, reported_errors
 
 if TYPE_CHECKING:
     from training.experiments.runs import Experiment, Run
@@ -143,7 +143,7 @@ def sweep(
         if name not in sweeps.SWEEPS:
             raise typer.BadParameter(f"no sweep {name!r}; there are {', '.join(sweeps.SWEEPS)}")
         chosen = None if values is None else _values(sweeps.SWEEPS[name].field, values)
-        runs = sweeps.sweep_runs(name, numbers, bits=bits, values=chosen, recipe_name=recipe, changes=_fields(changes or []))
+        runs = sweeps.sweep_runs(name, numbers, bits=bits, values=chosen, recipe_name=recipe, changes=fields_of(changes))
         options = _options(
             protocol, out, cache, cached_views, embeddings_only, data=data, n=n, queries_per_class=queries_per_class,
             train_per_class=train_per_class, split_seed=split_seed, backbone=backbone, weights=weights,
@@ -230,14 +230,4 @@ def _changes(given: list[str]) -> dict[str, dict[str, Any]]:
         # A ":" may be part of a value.
         own = colon and "=" not in method
         found.setdefault(method if own else "", []).append(rest if own else change)
-    return {method: _fields(changes) for method, changes in found.items()}
-
-
-def _fields(changes: Iterable[str]) -> dict[str, Any]:
-    found = {}
-    for change in changes:
-        name, equals, value = change.partition("=")
-        if not equals or not name:
-            raise typer.BadParameter(f"--set takes NAME=VALUE, got {change!r}")
-        found[name] = json_or_text(value)
-    return found
+    return {method: fields_of(changes) for method, changes in found.items()}
