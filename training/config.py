@@ -96,6 +96,8 @@ class TrainConfig:
         momentum: of SGD.
         weight_decay: of projector and backbone.
         refit: whether the codebooks are fitted anew after the last epoch, by hyperbolic k-means of the training items.
+        finish_steps: of a last phase after the refit, in which codewords alone learn, of hard codes, the teachers' distances
+            (without teachers the model's own), see :func:`training.distillation.finish_codewords`. 0 for none.
         amp: bfloat16 autocast around backbone and projector; the geometry is float64 in any case.
 
     Run:
@@ -152,6 +154,7 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-3
     refit: bool = False
+    finish_steps: int = 0
     amp: bool = False
 
     val_fraction: float = 0.1
@@ -170,6 +173,8 @@ class TrainConfig:
             raise InvalidParameterError(f"no quirks {unknown}; there are {', '.join(QUIRKS)}")
         if self.refit and (self.method != "hihpq" or self.geometry == "cosine"):
             raise InvalidParameterError(f"refit is for HiHPQ on manifolds, got {self.method!r} in {self.geometry} geometry")
+        if self.finish_steps and not self.refit:
+            raise InvalidParameterError(f"finish_steps starts from a refit, got {self.finish_steps} with refit = False")
         if self.teachers and self.method != "hihpq":
             raise InvalidParameterError(f"teachers are for HiHPQ, got {self.teachers} of {self.method!r}")
         if self.levels[0] > self.subclusters:
@@ -192,7 +197,7 @@ class TrainConfig:
 
     def teacher(self, seed: int) -> TrainConfig:
         """The configuration of a teacher; the same for all models that differ in M alone."""
-        return self.replace(M=-(-self.teacher_bits // self.nbits), teachers=0, seed=seed)
+        return self.replace(M=-(-self.teacher_bits // self.nbits), teachers=0, finish_steps=0, seed=seed)
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with some fields changed; an unknown field is an InvalidParameterError."""
@@ -263,6 +268,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr_warmup": _at_least(0),
     "momentum": _FRACTION,
     "weight_decay": _at_least(0),
+    "finish_steps": _at_least(0),
     "val_fraction": _FRACTION,
     "patience": _at_least(1),
     "seed": _between(0, 2**63 - 1),

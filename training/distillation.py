@@ -2,12 +2,13 @@
 
 Few codewords learn poorly from pairs, most of which are no true ones. Models of more subspaces average over them, and several
 models over each other: they know better which items are near, and how near. :class:`Student` learns that, in place of pairs and
-clusters.
+clusters; :func:`finish_codewords` teaches it to codewords once more, as searches use them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +22,10 @@ from training.losses import distillation_loss
 from training.model import BatchHierarchy, HiHPQ
 from training.spaces import Space
 
-__all__ = ["Student", "Teacher"]
+__all__ = ["Student", "Teacher", "finish_codewords"]
+
+# Of the last phase: items of a step, and the learning rate that it starts with.
+_FINISH_ITEMS, _FINISH_RATE = 512, 0.01
 
 
 @dataclass(frozen=True)
@@ -78,3 +82,44 @@ class Student(HiHPQ):
         _, distances = self.compare(torch.cat([view1, view2]))
         theirs = torch.stack([teacher.distances(items) for teacher in self._teachers]).mean(0)
         return {"total": distillation_loss(distances, theirs, self.config.tau_qc, self.config.tau_teacher)}
+
+
+def finish_codewords(
+    model: HiHPQ,
+    teachers: Sequence[Teacher],
+    vectors: npt.NDArray[np.float32],
+    items: npt.NDArray[np.int64],
+    *,
+    steps: int,
+    rng: np.random.Generator,
+    after_step: Callable[[float], None],
+) -> None:
+    """Let codewords alone learn from teachers, of hard codes: these a search compares with, where training has soft ones.
+
+    Each step draws items, finds each one's nearest codewords, and lowers ``losses.distillation_loss`` between the items'
+    points and these codewords, by Adam with a rate that falls along half a cosine.
+
+    Args:
+        vectors: (n, d) of ``model.encode`` of the items to learn from.
+        items: (n,) their numbers among the teachers' points.
+        after_step: called with the step's loss.
+    """
+    with torch.no_grad():
+        space = model.space  # of curvatures that stay
+        points = model.points(torch.from_numpy(vectors).to(model.codewords))
+    config = model.config
+    optimizer = torch.optim.Adam([model.codewords], lr=_FINISH_RATE)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = _FINISH_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+        rows = rng.choice(len(items), min(len(items), _FINISH_ITEMS), replace=False)
+        drawn, numbers = points[rows], torch.from_numpy(items[rows]).to(points.device)
+        codebooks = space.codebooks(model.codewords)
+        with torch.no_grad():
+            theirs = torch.stack([teacher.distances(numbers) for teacher in teachers]).mean(0)
+            codes = space.to_codewords(drawn, codebooks).argmin(-1)
+        found = torch.stack([book[code] for book, code in zip(codebooks, codes, strict=True)], dim=1)
+        loss = distillation_loss(space.distances(drawn, found), theirs, config.tau_qc, config.tau_teacher)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        after_step(float(loss.detach()))

@@ -31,7 +31,7 @@ from hyperfaiss.progress import progress_bar
 from training.backbones import Backbone
 from training.checkpoint import Checkpoint, load_state, state_of
 from training.config import TrainConfig
-from training.distillation import Teacher
+from training.distillation import Teacher, finish_codewords
 from training.evaluate import mean_average_precision
 from training.hierarchy import Hierarchy, build_hierarchy, fitting_sizes
 from training.methods import build
@@ -49,7 +49,7 @@ _MIN_VALIDATION = 16
 _ERROR_ITEMS = 5000
 
 # What a generator is for; with the seed, the epoch and the step it is the generator's seed.
-_SPLIT, _INIT, _ORDER, _STEP, _CLUSTER, _VALIDATE, _TEACHER = range(7)
+_SPLIT, _INIT, _ORDER, _STEP, _CLUSTER, _VALIDATE, _TEACHER, _FINISH = range(8)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -92,7 +92,7 @@ class TrainingRun:
         data: str | None,
         device: torch.device,
     ) -> None:
-        self.source, self.config, self.out, self.device = source, config, out, device
+        self.source, self.config, self.out, self.device, self.teachers = source, config, out, device, teachers
         self.backbone = backbone.name if isinstance(backbone, Backbone) else backbone
         self.features = backbone.facts() if isinstance(backbone, Backbone) else None
         self.data = _fingerprint(source)
@@ -312,8 +312,11 @@ class TrainingRun:
         with atomic_path(self.out / "log.csv") as temporary:
             temporary.write_text(text.getvalue())
 
-    def finish(self) -> TrainResult:
-        """Back to the best epoch, its clusters, the last files; what a run has that was finished before stays as it is."""
+    def finish(self, interrupted: Callable[[], bool], display: Display) -> TrainResult:
+        """Back to the best epoch, its codewords fitted, its clusters, the last files.
+
+        What a run has that was finished before stays as it is.
+        """
         finished = self.best is not None and self.out is not None and (self.out / "summary.json").exists()
         best = self.best or self._checkpoint(resumable=False)  # last.pt outlived best.pt
         load_state(self.model, best.model)
@@ -324,12 +327,28 @@ class TrainingRun:
         else:
             self._encoded = None
             if self.config.refit and isinstance(self.model, HiHPQ) and len(self.train_rows) >= self.config.ksub:
-                self.model.refit(self._vectors()[self.train_rows])
+                self._fit_codewords(self.model, interrupted, display)
             self.hierarchy = self._cluster(self.config.epochs) if isinstance(self.model, HiHPQ) else None
             best = replace(best, model=state_of(self.model), hierarchy=self.hierarchy)
             if self.out:
                 self._write_results(best, row, self.out)
         return TrainResult(self.model, self.hierarchy, self.config, self.history, row["epoch"], best, self.out)
+
+    def _fit_codewords(self, model: HiHPQ, interrupted: Callable[[], bool], display: Display) -> None:
+        """To the training items' vectors: k-means, then the steps of the last phase."""
+        vectors, config = self._vectors()[self.train_rows], self.config
+        model.refit(vectors)
+        if not config.finish_steps:
+            return
+
+        def after_step(loss: float) -> None:
+            display.advance(loss)
+            if interrupted():
+                self.interrupt("in the last phase, which will start anew")
+
+        teachers = self.teachers or [Teacher.of(model, self.source.features())]
+        rng = _rng(config.seed, _FINISH)
+        finish_codewords(model, teachers, vectors, self.train_rows, steps=config.finish_steps, rng=rng, after_step=after_step)
 
     def _write_results(self, best: Checkpoint, row: dict[str, Any], out: Path) -> None:
         """What a finished run has, the summary last."""
@@ -364,7 +383,8 @@ class Display:
         self._run, self._title = run, title
         self._progress = progress_bar(MofNCompleteColumn(), shown=shown)
         done = run.finished * run.steps + run.step
-        self._task = self._progress.add_task("training", total=run.config.epochs * run.steps, completed=done)
+        total = run.config.epochs * run.steps + run.config.finish_steps
+        self._task = self._progress.add_task("training", total=total, completed=done)
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -374,8 +394,9 @@ class Display:
         self._progress.stop()
 
     def say(self, what: str) -> None:
-        epoch = f"{self._title}epoch {self._run.finished + 1}/{self._run.config.epochs}"
-        self._progress.update(self._task, description=f"{epoch}  {what}")
+        run = self._run
+        where = "last phase" if run.done else f"epoch {run.finished + 1}/{run.config.epochs}"
+        self._progress.update(self._task, description=f"{self._title}{where}  {what}")
 
     def advance(self, loss: float) -> None:
         measured = next((row for row in reversed(self._run.history) if row["val_map"] is not None), None)

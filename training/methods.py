@@ -25,8 +25,10 @@ _BASELINES = {
 _VANILLA: dict[str, Any] = {"lambda1": 0.0, "lambda2": 0.0}
 _INSTANCE: dict[str, Any] = {"lambda1": 0.0, "lambda2": 1.0}
 _PROTOTYPE: dict[str, Any] = {"lambda1": 1.0, "lambda2": 0.0}
+# Codebooks as training left them.
+_AS_LEARNT: dict[str, Any] = {"refit": False, "finish_steps": 0}
 # As the paper's ablation has them: its Euclidean variants quantise and compare as MeCoQ does.
-_COSINE: dict[str, Any] = {"geometry": "cosine", "asymmetric": False, "refit": False}
+_COSINE: dict[str, Any] = {"geometry": "cosine", "asymmetric": False, **_AS_LEARNT}
 
 # What each method of Tables 1 and 2 of the paper, and some more, is: changes of a recipe. They are compared without teachers,
 # which would help any; "hihpq-distilled" has them.
@@ -40,10 +42,10 @@ _ALONE: dict[str, dict[str, Any]] = {
     "instance-euclidean": _INSTANCE | _COSINE,
     "prototype-hyperbolic": _PROTOTYPE,
     "prototype-euclidean": _PROTOTYPE | _COSINE,
-    "spq": {"method": "spq", "refit": False},
-    "mecoq": {"method": "mecoq", "refit": False},
-    "cibhash": {"method": "cibhash", "refit": False},
-    "bihalf": {"method": "bihalf", "refit": False},
+    "spq": {"method": "spq", **_AS_LEARNT},
+    "mecoq": {"method": "mecoq", **_AS_LEARNT},
+    "cibhash": {"method": "cibhash", **_AS_LEARNT},
+    "bihalf": {"method": "bihalf", **_AS_LEARNT},
 }
 
 VARIANTS: dict[str, dict[str, Any]] = {name: {"teachers": 0} | changes for name, changes in _ALONE.items()}

@@ -108,7 +108,7 @@ def _completed(run: TrainingRun, title: str = "", *, interrupted: Callable[[], b
     with Display(run, title, shown=progress) as display:
         while not run.done:
             run.epoch(interrupted, display)
-    result = run.finish()
+        result = run.finish(interrupted, display)
     if interrupted():
         run.interrupt("after the last epoch")
     return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -19,11 +21,11 @@ from tests.training.test_train import (
     written,
 )
 from training.checkpoint import Checkpoint
-from training.distillation import Student, Teacher
+from training.distillation import Student, Teacher, finish_codewords
 from training.losses import distillation_loss
 from training.model import HiHPQ
 from training.recipes import recipe
-from training.train import train
+from training.train import TrainingInterrupted, train
 
 TAUGHT = CONFIG.replace(teachers=2, teacher_bits=16, tau_teacher=0.2, epochs=3)
 
@@ -137,3 +139,59 @@ def test_a_teachers_configuration():
     assert TAUGHT.replace(nbits=5).teacher(7).M == 4  # 16 bits and no fewer
     with pytest.raises(InvalidParameterError, match="teachers are for HiHPQ, got 2 of 'spq'"):
         TAUGHT.replace(method="spq")
+
+
+FINISHED = CONFIG.replace(refit=True, finish_steps=20, epochs=2, val_fraction=0)
+
+
+def test_a_last_phase_teaches_codewords_of_hard_codes():
+    model = train(NoisyViews(), FINISHED.replace(finish_steps=0), progress=False).model
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x = NoisyViews().features()
+    own = Teacher.of(model, x)
+
+    def loss():
+        codebooks = model.codebooks()
+        codes = model.space.to_codewords(own.points, codebooks).argmin(-1)
+        hard = torch.stack([book[code] for book, code in zip(codebooks, codes, strict=True)], dim=1)
+        theirs = own.distances(torch.arange(len(x)))
+        distances = model.space.distances(own.points, hard)
+        return float(distillation_loss(distances, theirs, FINISHED.tau_qc, FINISHED.tau_teacher).detach())
+
+    first, losses = loss(), []
+    finish_codewords(
+        model, [own], model.encode(x), np.arange(len(x)), steps=20, rng=np.random.default_rng(0), after_step=losses.append
+    )
+    assert len(losses) == 20
+    assert losses[0] == pytest.approx(first, rel=1e-5)  # of all items: there are fewer than a step draws
+    assert loss() < first - 0.01
+    assert [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])] == ["codewords"]
+
+
+def test_a_last_phase_that_was_stopped_starts_anew(tmp_path, monkeypatch):
+    undisturbed = train(NoisyViews(), FINISHED, tmp_path / "one", progress=False)
+    plain = train(NoisyViews(), FINISHED.replace(finish_steps=0), progress=False)
+    changed = [name for name, tensor in state(plain).items() if not torch.equal(tensor, state(undisturbed)[name])]
+    assert changed == ["codewords"]
+
+    calls = iter(range(100))
+    distances = Teacher.distances
+
+    def stopping(teacher, items):
+        if next(calls) == 7:
+            signal.raise_signal(signal.SIGINT)
+        return distances(teacher, items)
+
+    monkeypatch.setattr(Teacher, "distances", stopping)
+    with pytest.raises(TrainingInterrupted, match="stopped in the last phase, which will start anew; saved"):
+        train(NoisyViews(), FINISHED, tmp_path / "two", progress=False)
+    assert not (tmp_path / "two" / "summary.json").exists()
+    resumed = train(NoisyViews(), None, tmp_path / "two", resume=True, progress=False)
+    assert_same(state(resumed), state(undisturbed))
+    assert resumed.hierarchy.sizes == undisturbed.hierarchy.sizes
+
+
+def test_what_a_last_phase_is_for():
+    with pytest.raises(InvalidParameterError, match="finish_steps starts from a refit, got 5 with refit = False"):
+        CONFIG.replace(finish_steps=5)
+    assert FINISHED.teacher(7).finish_steps == 0  # nobody searches a teacher's codes

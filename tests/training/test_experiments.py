@@ -20,6 +20,7 @@ from training.experiments import cli, runs, sweeps, tables
 from training.experiments.baselines import faiss_index, normalized
 from training.experiments.published import published_map
 from training.experiments.runs import Result
+from training.recipes import RECIPES
 from training.views import CachedViews
 
 app = typer.Typer()
@@ -310,6 +311,12 @@ def test_methods_keep_what_defines_them():
     assert (found["vanilla-hyperbolic"].lambda1, found["vanilla-hyperbolic"].lambda2) == (0.0, 9.0)
     assert (found["mecoq"].method, found["mecoq"].lr, found["mecoq"].tau) == ("mecoq", 0.25, 0.1)
     assert {found[m].epochs for m in ("hihpq", "vanilla-hyperbolic", "mecoq")} == {7}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_method_takes_every_recipe(name):
+    planned = tables.table_runs(tables.expand(["all"]), [32], [0], recipe_name=name)
+    assert {run.method for run in planned} == set(tables.METHODS)
 
 
 def test_the_papers_tables_are_groups():

@@ -40,7 +40,9 @@ def test_paper_recipes_hold_the_table_of_the_authors_runs(name, bits, expected):
 
 def test_recipes_refuse_what_they_do_not_have():
     assert "paper" in RECIPES
-    with pytest.raises(InvalidParameterError, match="no recipe 'papr'; there are default, embeddings, embeddings-large, large, paper"):
+    with pytest.raises(
+        InvalidParameterError, match="no recipe 'papr'; there are default, embeddings, embeddings-large, large, paper"
+    ):
         recipe("papr")
     with pytest.raises(InvalidParameterError, match="for 16, 32, 64 bits, got M = 3"):
         recipe("paper", bits=24)
