@@ -78,7 +78,7 @@ def test_resume_takes_the_checkpoints_configuration(files):
         (
             ["train", "--embeddings", "x.npy", "--out", "run", "--recipe", "papr"],
             2,
-            "there are default, embeddings, large, paper",
+            "there are default, embeddings, embeddings-large, large",
         ),
         (["train", "--embeddings", "none.npy", "--out", "run"], 1, "error: no file at none.npy"),
         (["train", "--embeddings", "x.npy", "--out", "run", "--set", "lrr=1"], 1, "unknown fields ['lrr']"),
