@@ -200,6 +200,7 @@ def main(
     sizes = bits or [16, 32, 64]
     # No teacher, for time, unless it is asked for.
     settled = {"teachers": 0, "seed": seed} | fields_of(changes)
+    epochs = settled.get("epochs", epochs)
     try:
         job, extractor = prepare(data, backbone, image_size, queries_per_class, train_per_class, n, out / "cache")
         source = views_of(job, extractor, out / "cache", cached_views, recipe(recipe_name, **settled))

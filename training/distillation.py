@@ -51,6 +51,11 @@ class Teacher:
         return self.space.distances(points, points)
 
 
+def _mean_distances(teachers: Sequence[Teacher], items: Tensor) -> Tensor:
+    """What teachers together say: the mean of their distances between items, int64 (k,); (k, k)."""
+    return torch.stack([teacher.distances(items) for teacher in teachers]).mean(0)
+
+
 class Student(HiHPQ):
     """HiHPQ whose loss is how far its distances between a batch's views are from its teachers' between what they show.
 
@@ -80,7 +85,7 @@ class Student(HiHPQ):
         """``losses.distillation_loss`` over both views of all items, as "total"; needs ``items``."""
         assert items is not None
         _, distances = self.compare(torch.cat([view1, view2]))
-        theirs = torch.stack([teacher.distances(items) for teacher in self._teachers]).mean(0)
+        theirs = _mean_distances(self._teachers, items)
         return {"total": distillation_loss(distances, theirs, self.config.tau_qc, self.config.tau_teacher)}
 
 
@@ -115,7 +120,7 @@ def finish_codewords(
         drawn, numbers = points[rows], torch.from_numpy(items[rows]).to(points.device)
         codebooks = space.codebooks(model.codewords)
         with torch.no_grad():
-            theirs = torch.stack([teacher.distances(numbers) for teacher in teachers]).mean(0)
+            theirs = _mean_distances(teachers, numbers)
             codes = space.to_codewords(drawn, codebooks).argmin(-1)
         found = torch.stack([book[code] for book, code in zip(codebooks, codes, strict=True)], dim=1)
         loss = distillation_loss(space.distances(drawn, found), theirs, config.tau_qc, config.tau_teacher)
